@@ -1,0 +1,154 @@
+"""What the stages hand to each other: small frozen records, every intermediate visible.
+
+Dimension legend, used in every shape annotation of the package:
+    B batch, L tokens, D policy width, S SAE latents, C codebook width, K slots,
+    H attention heads, h×w feature grid, G GRPO group, N target instances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+if TYPE_CHECKING:  # data sets are read and written without torch
+    from torch import Tensor
+
+
+class Rle(TypedDict):
+    """A mask in COCO's compressed run-length encoding; ``size`` is (height, width)."""
+
+    size: list[int]
+    counts: str
+
+
+class Status(StrEnum):
+    """How an answer ended. Only ``OK`` and ``NO_TARGET`` are well-formed answers."""
+
+    OK = "ok"
+    NO_TARGET = "no_target"
+    MALFORMED = "malformed"
+    TRUNCATED = "truncated"
+
+
+class TokenKind(IntEnum):
+    """Where a token of the sequence comes from."""
+
+    PADDING = 0
+    TEMPLATE = 1
+    IMAGE = 2
+    INSTRUCTION = 3
+    THOUGHT = 4
+    CONCENTRATION = 5
+
+
+@dataclass(frozen=True)
+class NamedObject:
+    """An annotated object as the chain of thought may name it (scenes only)."""
+
+    ann_id: int
+    category: str
+    colour: str
+    size: str  # small | medium | large
+    texture: str  # plain | striped | dotted
+    cell: str  # place on the 8x8 map: row letter and column number, "b4"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One (image, instruction) pair with its target instances, as read from a data set."""
+
+    sample_id: str
+    image_path: Path
+    image_id: int
+    image_hw: tuple[int, int]
+    instruction: str
+    targets: tuple[Rle, ...]  # one per target instance; empty means "nothing matches"
+    target_ids: tuple[int, ...] = ()  # annotation ids of the targets, where the layout has them
+    ignore: Rle | None = None  # pixels left out of prediction and target (ReasonSeg)
+    kind: str | None = None  # question kind (scenes)
+    thought: str | None = None  # oracle chain of thought (scenes)
+    objects: tuple[NamedObject, ...] = ()  # everything in the picture (scenes)
+
+
+class SparseCodes(NamedTuple):
+    """Non-zero SAE activations as triplets (Eq. 4), sorted by row; row r is token r of n_rows."""
+
+    rows: Int[Tensor, "nnz"]
+    columns: Int[Tensor, "nnz"]  # latent (concept) index in [0, n_columns)
+    values: Float[Tensor, "nnz"]  # activation > threshold
+    n_rows: int
+    n_columns: int
+
+
+class Slots(NamedTuple):
+    """What the slot mapper reads off the image (Eq. 5)."""
+
+    scores: Float[Tensor, "B K H h w"]  # raw scaled dot products, one map per head
+    heatmap_logits: Float[Tensor, "B K h w"]
+    confidence_logits: Float[Tensor, "B K"]
+
+
+class ReasoningBatch(NamedTuple):
+    """States of B sequences, left-padded to L tokens, read in a pass that happened anyway."""
+
+    token_ids: Int[Tensor, "B L"]
+    token_kinds: Int[Tensor, "B L"]  # TokenKind
+    sae_states: Float[Tensor, "B L D"]  # output of the SAE layer
+    concentration_states: Float[
+        Tensor, "B K D"
+    ]  # last layer, post-norm; zeros where not well-formed
+    well_formed: Bool[Tensor, "B"]
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """One generated answer, taken apart."""
+
+    text: str  # everything that was generated, decoded
+    thought: str  # inside <think>…</think>; the whole text if malformed
+    status: Status
+    token_ids: Int[Tensor, "L"]  # prompt and answer, without padding
+    token_kinds: Int[Tensor, "L"]
+    tokens: tuple[str, ...]  # the L tokens as text
+    sae_states: Float[Tensor, "L D"]
+    concentration_states: Float[Tensor, "K D"] | None
+    image_grid: tuple[int, int]  # rows, columns of image tokens, in reading order
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Masks, and the whole way to them. All arrays are numpy, on the host.
+
+    ``heatmaps`` and ``low_res_logits`` lie on the segmenter's grid of the padded square frame;
+    ``masks`` lie on the image as displayed. Slots that do not pass the confidence threshold keep
+    their row everywhere; ``accepted`` says which ones count.
+    """
+
+    instruction: str
+    status: Status
+    text: str
+    reasoning: str
+    image_rgb: np.ndarray  # uint8 (height, width, 3), as displayed
+    masks: np.ndarray  # bool (K, height, width), one per slot
+    scores: np.ndarray  # float32 (K,), confidence in [0, 1]
+    accepted: np.ndarray  # bool (K,), score above the threshold
+    heatmaps: np.ndarray  # float32 (K, height, width) in [0, 1], resized to the image
+    heatmap_logits: np.ndarray  # float32 (K, h, w)
+    head_scores: np.ndarray  # float32 (K, H, h, w), Eq. 5
+    low_res_logits: np.ndarray  # float32 (K, 4h, 4w), the decoder's output
+    slot_queries: np.ndarray  # float32 (K, Q), Eq. 2
+    concept_vectors: np.ndarray  # float32 (K, C), Fig. 3
+    slot_attention: np.ndarray  # float32 (K, L), how much each slot reads from each token
+    codes: SparseCodes  # (token, concept, activation) of the L tokens
+    tokens: tuple[str, ...]  # the L tokens of prompt and answer, as text
+    token_kinds: np.ndarray  # int (L,), TokenKind
+    token_boxes: np.ndarray  # float32 (n_image_tokens, 4), x0 y0 x1 y1 in px of the image
+    threshold: float
+    model: str
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    source: str | None = None  # file the image came from
