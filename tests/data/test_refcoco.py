@@ -1,0 +1,214 @@
+"""RefCOCO and gRefCOCO: hand-made folders, odd annotations, and files that must be refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segcompass.data import refcoco
+from segcompass.data.refcoco import read_grefcoco, read_images, read_refcoco
+from segcompass.io import masks
+from segcompass.io.errors import DataError, UnsafeFileError
+
+HW = (6, 8)
+SQUARE = [[2.0, 1, 6, 1, 6, 4, 2, 4]]
+STRIP = np.zeros(HW, dtype=bool)
+STRIP[5, :3] = True
+
+
+def sentence(sent_id: int, text: str) -> dict[str, Any]:
+    return {"raw": text.upper(), "sent": text, "sent_id": sent_id, "tokens": text.split()}
+
+
+def reference(ref_id: int, ann_id: Any, split: str = "val", image_id: int = 7) -> dict[str, Any]:
+    sentences = [sentence(10 * ref_id, "left one"), sentence(10 * ref_id + 1, "the café")]
+    return {
+        "ref_id": ref_id,
+        "ann_id": ann_id,
+        "image_id": image_id,
+        "category_id": 1,
+        "file_name": "p_11.jpg",  # the real files append the annotation here: not the picture's
+        "split": split,
+        "sent_ids": [s["sent_id"] for s in sentences],
+        "sentences": sentences,
+    }
+
+
+def annotation(ann_id: int, segmentation: Any, **more: Any) -> dict[str, Any]:
+    entry = {"id": ann_id, "image_id": 7, "category_id": 1, "segmentation": segmentation}
+    return entry | {"iscrowd": 0} | more
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "refcoco"
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", HW[::-1]).save(folder / "images" / "p.jpg")
+    instances = {
+        "images": [{"id": 7, "file_name": "p.jpg", "height": HW[0], "width": HW[1]}],
+        "annotations": [
+            annotation(11, SQUARE),
+            annotation(12, dict(masks.encode(STRIP))),
+            annotation(13, {"size": list(HW), "counts": [0, 48]}, iscrowd=1),
+        ],
+        "categories": [{"id": 1, "name": "mug"}],
+    }
+    (folder / "instances.json").write_text(json.dumps(instances))
+    write_pickle(folder, [reference(1, 11), reference(2, 12, "testA")])
+    return folder
+
+
+def write_pickle(folder: Path, references: Any) -> None:
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(references, protocol=2))
+
+
+def write_grefs(folder: Path, references: Any) -> None:
+    (folder / "grefs(unc).json").write_text(json.dumps(references))
+
+
+def test_one_sample_per_sentence(root: Path) -> None:
+    samples = read_refcoco(root, "val")
+    assert [s.instruction for s in samples] == ["left one", "the café"]
+    assert [s.sample_id for s in samples] == ["1-10", "1-11"]
+    first = samples[0]
+    assert (first.image_path, first.image_id, first.image_hw) == (root / "images/p.jpg", 7, HW)
+    assert first.target_ids == (11,)
+    expected = np.zeros(HW, dtype=bool)
+    expected[1:4, 2:6] = True
+    np.testing.assert_array_equal(masks.decode(first.targets[0]), expected)
+    assert first.objects == () and first.kind is None
+
+
+def test_limit_counts_sentences(root: Path) -> None:
+    assert [len(read_refcoco(root, "val", limit=n)) for n in (0, 1, 5)] == [0, 1, 2]
+
+
+def test_pictures_may_lie_beside_the_references(root: Path) -> None:
+    shared = root.parent / "images" / "train2014"
+    shared.mkdir(parents=True)
+    (root / "images" / "p.jpg").rename(shared / "p.jpg")
+    assert read_refcoco(root, "testA")[0].image_path == shared / "p.jpg"
+
+
+def test_grefcoco_has_several_one_or_no_target(root: Path) -> None:
+    write_grefs(root, [reference(1, [11, 12]), reference(2, [12]), reference(3, [-1])])
+    samples = read_grefcoco(root, "val")[::2]
+    assert [s.target_ids for s in samples] == [(11, 12), (12,), ()]
+    assert [len(s.targets) for s in samples] == [2, 1, 0]
+    np.testing.assert_array_equal(masks.decode(samples[1].targets[0]), STRIP)
+
+
+def test_crowds_are_skipped_and_never_become_no_target(root: Path) -> None:
+    write_grefs(root, [reference(1, [11, 13]), reference(2, [13])])
+    assert [s.target_ids for s in read_grefcoco(root, "val")] == [(11,), (11,)]
+
+
+def test_python_2_text_is_read(root: Path) -> None:
+    plain = pickle.dumps([reference(1, 11)], protocol=2)
+    old = plain.replace(b"X\x08\x00\x00\x00left one", b"U\x08left one")
+    assert old != plain
+    (root / "refs(unc).p").write_bytes(old)
+    assert read_refcoco(root, "val")[0].instruction == "left one"
+
+
+class Runs:
+    """Pickles into a call of os.mkdir."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_calls_something_is_refused_unopened(root: Path, tmp_path: Path) -> None:
+    write_pickle(root, [reference(1, 11), Runs(tmp_path / "owned")])
+    with pytest.raises(UnsafeFileError, match=r"refs\(unc\)\.p asks for .*mkdir"):
+        read_refcoco(root, "val")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("harmless", [{1, 2}, np.float64(1), Path("x"), b"bytes"])
+def test_a_pickle_with_anything_but_plain_data_is_refused(root: Path, harmless: Any) -> None:
+    write_pickle(root, [harmless])
+    with pytest.raises(UnsafeFileError):
+        read_refcoco(root, "val")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02]q", b"garbage", b"\x80\x02}."])
+def test_damaged_pickles_are_named(root: Path, content: bytes) -> None:
+    (root / "refs(unc).p").write_bytes(content)
+    with pytest.raises(DataError, match=r"refs\(unc\)\.p"):
+        read_refcoco(root, "val")
+
+
+def test_a_name_that_leaves_the_folder_is_refused(root: Path) -> None:
+    tables = json.loads((root / "instances.json").read_text())
+    tables["images"][0]["file_name"] = "../secret.jpg"
+    (root / "instances.json").write_text(json.dumps(tables))
+    with pytest.raises(UnsafeFileError, match=r"\.\./secret"):
+        read_refcoco(root, "val")
+
+
+def test_errors_name_file_and_way_out(root: Path) -> None:
+    with pytest.raises(DataError, match="no split 'train'; it holds: testA, val"):
+        read_refcoco(root, "train")
+    with pytest.raises(DataError, match=r"none of grefs\(unc\)\.json"):
+        read_grefcoco(root, "val")
+    write_grefs(root, [reference(1, [99])])
+    with pytest.raises(DataError, match=r"instances\.json lacks annotation 99"):
+        read_grefcoco(root, "val")
+    write_grefs(root, [reference(1, [11], image_id=8)])
+    with pytest.raises(DataError, match="does not describe image 8"):
+        read_grefcoco(root, "val")
+    write_grefs(root, [{"split": "val", "ref_id": 5}])
+    with pytest.raises(DataError, match="reference 5"):
+        read_grefcoco(root, "val")
+    with pytest.raises(DataError, match=r"no scenes\.json"):
+        read_images(root, "val")
+    (root / "images" / "p.jpg").unlink()
+    with pytest.raises(DataError, match=r"p\.jpg is missing; looked in"):
+        read_refcoco(root, "val")
+    (root / "instances.json").write_text("{")
+    with pytest.raises(DataError, match=r"instances\.json is no valid JSON"):
+        read_refcoco(root, "val")
+    (root / "instances.json").unlink()
+    with pytest.raises(DataError, match=r"instances\.json is missing"):
+        read_refcoco(root, "val")
+
+
+@pytest.mark.parametrize("tables", [[], {"images": []}, {"images": [{}], "annotations": []}])
+def test_instances_that_are_no_coco_file(root: Path, tables: Any) -> None:
+    (root / "instances.json").write_text(json.dumps(tables))
+    with pytest.raises(DataError, match="is no COCO file"):
+        read_refcoco(root, "val")
+
+
+def test_a_damaged_mask_names_its_annotation(root: Path) -> None:
+    tables = json.loads((root / "instances.json").read_text())
+    tables["annotations"][0]["segmentation"] = {"size": [3, 3], "counts": [9]}
+    (root / "instances.json").write_text(json.dumps(tables))
+    with pytest.raises(DataError, match="annotation 11"):
+        read_refcoco(root, "val")
+
+
+def test_real_sets_are_compared_with_their_published_size(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger=refcoco.__name__):
+        read_refcoco(root, "val")
+        assert not caplog.records  # not COCO's pictures
+        tables = json.loads((root / "instances.json").read_text())
+        tables["images"][0]["file_name"] = "COCO_train2014_7.jpg"
+        (root / "instances.json").write_text(json.dumps(tables))
+        (root / "images" / "p.jpg").rename(root / "images" / "COCO_train2014_7.jpg")
+        read_refcoco(root, "val")
+    assert "2 sentences, the published set has 10834" in caplog.text
