@@ -1,0 +1,212 @@
+"""Masks from heatmaps, or from points, boxes and masks, with SAM's prompt encoder and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import SamModel
+from transformers.models.sam.configuration_sam import (
+    SamMaskDecoderConfig,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+)
+
+from segcompass.geometry import Frame, padding_mask
+
+PADDING_LOGIT = -50.0  # what the mask prompt says where there is no image
+
+Select = tuple[Int[Tensor, " M"], Int[Tensor, " M"]]
+
+
+class MaskDecoder(nn.Module):
+    """Decode one mask for each slot from its heatmap (Eq. 3).
+
+    Source: Eq. 3; three convolutional blocks (SAM's mask-prompt path) and SAM's two-way
+    transformer. The confidences of Eq. 3 do not enter here: they decide which masks count.
+
+    The module borrows ``sam``'s prompt encoder, mask decoder and positional embedding: training
+    it trains ``sam``, and ``sam.save_pretrained`` writes a plain Hugging Face folder. As in SAM,
+    the random positional frequencies are not trained.
+    """
+
+    def __init__(self, sam: SamModel) -> None:
+        """Take the parts of ``sam``; raises ValueError when their widths disagree."""
+        super().__init__()
+        vision = cast(SamVisionConfig, sam.config.vision_config)
+        prompt = cast(SamPromptEncoderConfig, sam.config.prompt_encoder_config)
+        decoder = cast(SamMaskDecoderConfig, sam.config.mask_decoder_config)
+        widths = {
+            "vision_config.output_channels": vision.output_channels,
+            "2 * vision_config.num_pos_feats": 2 * vision.num_pos_feats,
+            "prompt_encoder_config.hidden_size": prompt.hidden_size,
+            "mask_decoder_config.hidden_size": decoder.hidden_size,
+        }
+        if len(set(widths.values())) != 1:
+            raise ValueError(f"the segmenter's widths must all be equal, got {widths}")
+        sizes = (vision.image_size, vision.patch_size)
+        if sizes != (prompt.image_size, prompt.patch_size):
+            raise ValueError(
+                f"vision_config has (image_size, patch_size) {sizes}, prompt_encoder_config "
+                f"{(prompt.image_size, prompt.patch_size)}; give both the same"
+            )
+        self.prompt_encoder = sam.prompt_encoder
+        self.mask_decoder = sam.mask_decoder
+        self.shared_image_embedding = sam.shared_image_embedding
+        self.shared_image_embedding.requires_grad_(False)
+        self.grid: int = prompt.image_embedding_size
+        self.channels = vision.output_channels
+
+    @property
+    def mask_side(self) -> int:
+        """Side of mask prompts and of the decoded low-resolution masks, 4h."""
+        return 4 * self.grid
+
+    def forward(
+        self,
+        keys: Float[Tensor, "B C h w"],
+        heatmap_logits: Float[Tensor, "B K h w"],
+        *,
+        frames: Sequence[Frame] | None = None,
+        select: Select | None = None,
+    ) -> Float[Tensor, "*slots 4h 4w"]:
+        """Decode slots into mask logits over the square frame.
+
+        Args:
+            keys: image keys.
+            heatmap_logits: one map for each slot, from the slot mapper.
+            frames: of the B images; where given, the prompt is -50 on their padding.
+            select: (batch indices, slot indices) of the M slots to decode; all where omitted.
+
+        Returns:
+            (B, K, 4h, 4w), or (M, 4h, 4w) with ``select``, in the order of ``select``.
+
+        Raises:
+            ValueError: When sizes disagree.
+        """
+        self._check_keys(keys)
+        batch, slots = heatmap_logits.shape[:2]
+        if batch != keys.shape[0] or (frames is not None and len(frames) != batch):
+            raise ValueError(
+                f"keys of {keys.shape[0]} images, heatmaps of {batch}, "
+                f"frames of {'-' if frames is None else len(frames)}: they must agree"
+            )
+        if select is None:
+            rows = torch.arange(batch, device=keys.device).repeat_interleave(slots)
+            chosen = heatmap_logits.flatten(0, 1)
+        else:
+            rows, chosen = select[0].to(keys.device), heatmap_logits[select]
+        prompts = self.mask_prompts(chosen)
+        if frames is not None:
+            padding = padding_mask(frames, self.mask_side, keys.device)
+            prompts = prompts.masked_fill(padding[rows], PADDING_LOGIT)
+        logits = self._decode(keys, rows, None, self.embed_masks(prompts))
+        return logits.view(batch, slots, *logits.shape[1:]) if select is None else logits
+
+    def mask_prompts(self, maps: Float[Tensor, "M h w"]) -> Float[Tensor, "M 4h 4w"]:
+        """Resample maps (heatmap logits) to the size of the prompt encoder's mask input."""
+        side = self.mask_side
+        if maps.shape[0] == 0:  # interpolate refuses empty batches
+            return maps.new_zeros((0, side, side))
+        resized = F.interpolate(maps[:, None], (side, side), mode="bilinear", align_corners=False)
+        return resized[:, 0]
+
+    def embed_masks(self, masks: Float[Tensor, "M 4h 4w"]) -> Float[Tensor, "M C h w"]:
+        """Embed mask prompts with SAM's three convolutional blocks."""
+        if masks.shape[-2:] != (self.mask_side, self.mask_side):
+            raise ValueError(
+                f"mask prompts must be {self.mask_side} px a side, got {tuple(masks.shape)}"
+            )
+        embedded: Tensor = self.prompt_encoder.mask_embed(masks[:, None])
+        return embedded
+
+    def decode_prompts(
+        self,
+        keys: Float[Tensor, "B C h w"],
+        rows: Int[Tensor, " M"],
+        *,
+        points: Float[Tensor, "M n 2"] | None = None,
+        labels: Int[Tensor, "M n"] | None = None,
+        boxes: Float[Tensor, "M 4"] | None = None,
+        masks: Float[Tensor, "M 4h 4w"] | None = None,
+        best_of_three: bool = False,
+    ) -> Float[Tensor, "M 4h 4w"]:
+        """Decode masks from ordinary prompts; every prompt of one call is of the same kinds.
+
+        Args:
+            keys: image keys.
+            rows: which image of the batch each of the M prompts is for.
+            points: (x, y) in px of the frame.
+            labels: 1 object, 0 background, -10 ignored; all 1 where omitted.
+            boxes: x0 y0 x1 y1 in px of the frame.
+            masks: logits over the frame.
+            best_of_three: decode SAM's three alternatives and keep the one it rates best,
+                which suits ambiguous prompts such as a single point.
+
+        Raises:
+            ValueError: When no prompt is given or sizes disagree.
+        """
+        self._check_keys(keys)
+        given = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
+        wrong = {
+            n: tuple(p.shape) for n, p in given.items() if p is not None and len(p) != len(rows)
+        }
+        if points is None and boxes is None and masks is None:
+            raise ValueError("no prompt given; pass points, boxes or masks")
+        if wrong or (labels is not None and points is None):
+            raise ValueError(
+                f"{len(rows)} prompts are announced by rows, got {wrong or 'labels only'}"
+            )
+        if points is not None and labels is None:
+            labels = torch.ones(points.shape[:2], dtype=torch.long, device=points.device)
+        sparse, dense = self.prompt_encoder(
+            input_points=None if points is None else points[:, None],
+            input_labels=None if labels is None else labels[:, None],
+            input_boxes=None if boxes is None else boxes[:, None],
+            input_masks=None,
+        )
+        if masks is not None:
+            dense = self.embed_masks(masks)
+        return self._decode(keys, rows, sparse, dense, best_of_three=best_of_three)
+
+    def _decode(
+        self,
+        keys: Float[Tensor, "B C h w"],
+        rows: Int[Tensor, " M"],
+        sparse: Float[Tensor, "M 1 n C"] | None,
+        dense: Float[Tensor, "M C h w"],
+        *,
+        best_of_three: bool = False,
+    ) -> Float[Tensor, "M 4h 4w"]:
+        """Run the two-way decoder with one prompt a row, gathering each prompt's image once."""
+        if len(rows) == 0:  # stay attached to the graph: sums of nothing have zero gradients
+            return (dense.sum() + keys.sum() * 0).expand(0, self.mask_side, self.mask_side)
+        logits, iou = self.mask_decoder(
+            image_embeddings=keys[rows],
+            image_positional_embeddings=self._positions(),  # one for all: it broadcasts
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=best_of_three,
+        )
+        best = iou[:, 0].argmax(-1) if best_of_three else torch.zeros_like(rows)
+        decoded: Tensor = logits[torch.arange(len(rows), device=keys.device), 0, best]
+        return decoded
+
+    def _positions(self) -> Float[Tensor, "1 C h w"]:
+        """Positional embedding of the grid's cell centres, as SamModel computes it."""
+        weight = self.shared_image_embedding.positional_embedding
+        centres = (
+            torch.arange(self.grid, device=weight.device, dtype=weight.dtype) + 0.5
+        ) / self.grid
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        embedded: Tensor = self.shared_image_embedding(torch.stack([x, y], dim=-1))
+        return embedded.permute(2, 0, 1)[None]
+
+    def _check_keys(self, keys: Tensor) -> None:
+        expected = (self.channels, self.grid, self.grid)
+        if keys.ndim != 4 or tuple(keys.shape[1:]) != expected:
+            raise ValueError(f"expected image keys (B, *{expected}), got {tuple(keys.shape)}")
