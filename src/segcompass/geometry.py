@@ -207,6 +207,20 @@ def square_offsets(image_hw: tuple[int, int]) -> tuple[int, int]:
     return (side - image_hw[0]) // 2, (side - image_hw[1]) // 2
 
 
+def shrink(image: UInt8Array, longest: int) -> UInt8Array:
+    """Scale an image down until no side is longer than ``longest`` px; smaller ones stay.
+
+    Args:
+        image: uint8 (height, width, 3).
+        longest: px.
+    """
+    if max(image.shape[:2]) <= longest:
+        return image
+    height, width = Frame.fit((image.shape[0], image.shape[1]), longest).scaled_hw
+    scaled = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(scaled)
+
+
 def pad_to_square(image: UInt8Array, fill: tuple[int, int, int]) -> UInt8Array:
     """Centre an image on a square of one colour, so that a centre crop loses nothing.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -106,27 +106,12 @@ class ReasoningBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reasoning:
-    """One generated answer, taken apart."""
-
-    text: str  # everything that was generated, decoded
-    thought: str  # inside <think>…</think>; the whole text if malformed
-    status: Status
-    token_ids: Int[Tensor, "L"]  # prompt and answer, without padding
-    token_kinds: Int[Tensor, "L"]
-    tokens: tuple[str, ...]  # the L tokens as text
-    sae_states: Float[Tensor, "L D"]
-    concentration_states: Float[Tensor, "K D"] | None
-    image_grid: tuple[int, int]  # rows, columns of image tokens, in reading order
-
-
-@dataclass(frozen=True)
 class Prediction:
     """Masks, and the whole way to them. All arrays are numpy, on the host.
 
-    ``heatmaps`` and ``low_res_logits`` lie on the segmenter's grid of the padded square frame;
-    ``masks`` lie on the image as displayed. Slots that do not pass the confidence threshold keep
-    their row everywhere; ``accepted`` says which ones count.
+    The answer is in ``masks``, ``scores``, ``boxes`` and ``heatmaps``: the accepted slots alone.
+    The fields beside them keep all K slots; ``accepted`` says which ones count. ``*_logits`` and
+    ``head_scores`` lie on the segmenter's padded square frame, the rest on the image as displayed.
     """
 
     instruction: str
@@ -134,10 +119,10 @@ class Prediction:
     text: str
     reasoning: str
     image_rgb: np.ndarray  # uint8 (height, width, 3), as displayed
-    masks: np.ndarray  # bool (K, height, width), one per slot
-    scores: np.ndarray  # float32 (K,), confidence in [0, 1]
+    slot_masks: np.ndarray  # bool (K, height, width), one per slot
+    slot_scores: np.ndarray  # float32 (K,), confidence in [0, 1]
     accepted: np.ndarray  # bool (K,), score above the threshold
-    heatmaps: np.ndarray  # float32 (K, height, width) in [0, 1], resized to the image
+    slot_heatmaps: np.ndarray  # float32 (K, height, width) in [0, 1], resized to the image
     heatmap_logits: np.ndarray  # float32 (K, h, w)
     head_scores: np.ndarray  # float32 (K, H, h, w), Eq. 5
     low_res_logits: np.ndarray  # float32 (K, 4h, 4w), the decoder's output
@@ -152,3 +137,63 @@ class Prediction:
     model: str
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     source: str | None = None  # file the image came from
+
+    @property
+    def masks(self) -> np.ndarray:
+        """bool (n, height, width): the masks that count; n = 0 when nothing matches."""
+        return np.asarray(self.slot_masks[self.accepted])
+
+    @property
+    def scores(self) -> np.ndarray:
+        """float32 (n,): their confidences."""
+        return np.asarray(self.slot_scores[self.accepted])
+
+    @property
+    def heatmaps(self) -> np.ndarray:
+        """float32 (n, height, width) in [0, 1]: where their slots looked."""
+        return np.asarray(self.slot_heatmaps[self.accepted])
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """float32 (n, 4): x0 y0 x1 y1 around the masks, in px."""
+        from segcompass.io.masks import boxes
+
+        return boxes(self.masks)
+
+    @property
+    def concepts(self) -> list[dict[int, float]]:
+        """For each mask that counts: how much its slot reads from its strongest concepts."""
+        from segcompass.io.outputs import slot_concepts
+
+        read = slot_concepts(self)
+        return [{c.concept: c.weight for c in read[k]} for k in np.flatnonzero(self.accepted)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The versioned record of docs/outputs.md."""
+        from segcompass.io.outputs import to_json
+
+        return to_json(self)
+
+    def to_coco(self, image_id: int = 0) -> list[dict[str, Any]]:
+        """COCO results, one for each mask that counts."""
+        from segcompass.io.outputs import to_coco
+
+        return to_coco([self], [image_id])
+
+    def to_supervision(self) -> Any:
+        """A ``supervision.Detections`` (extra ``viz``)."""
+        from segcompass.io.viewers import to_supervision
+
+        return to_supervision(self)
+
+    def plot(self) -> Any:
+        """A matplotlib figure: picture, masks and heatmaps (extra ``viz``)."""
+        from segcompass.io.viewers import plot
+
+        return plot(self)
+
+    def save(self, folder: str | Path) -> dict[str, Path]:
+        """Write JSON, masks, heatmaps and an overlay; returns the files by name."""
+        from segcompass.io.outputs import save
+
+        return save(self, Path(folder))

@@ -1,0 +1,301 @@
+"""The policy: writes a chain of thought and K concentration tokens, and shows its states (Eq. 1).
+
+Hidden states are read by forward hooks in the pass that happens anyway: while generating, or in
+the teacher-forced pass of training. A concentration token's state is taken where it is consumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList
+
+from segcompass.reasoning.backbones import Backbone, VisualInput
+from segcompass.reasoning.forced_form import ForcedForm
+from segcompass.reasoning.prompts import EncodedPrompt, ParsedAnswer, Prompt, PromptConfig
+from segcompass.types import ReasoningBatch, Status, TokenKind
+
+
+class PolicyConfig(BaseModel, frozen=True, extra="forbid"):
+    """How the policy is used."""
+
+    prompt: PromptConfig = PromptConfig()
+    sae_layer: int = Field(1, ge=0, description="the SAE reads the output of layers[sae_layer]")
+    pad_to_square: bool = Field(False, description="centre pictures on a square (LLaVA)")
+    max_new_tokens: int = Field(160, ge=1, description="longest answer in tokens")
+
+
+class Sequences(NamedTuple):
+    """B left-padded sequences; ``kinds`` tells padding and everything else apart."""
+
+    ids: Int[Tensor, "B L"]
+    kinds: Int[Tensor, "B L"]
+
+    @property
+    def attention(self) -> Int[Tensor, "B L"]:
+        return (self.kinds != TokenKind.PADDING).long()
+
+
+class Generation(NamedTuple):
+    """Answers and the states they were written with."""
+
+    states: ReasoningBatch
+    answers: list[ParsedAnswer]
+    texts: list[str]
+
+
+class StateTap:
+    """Collects the outputs of the SAE layer and of the final norm while armed.
+
+    With ``keep_final=False`` only the SAE layer's are kept.
+    """
+
+    def __init__(self) -> None:
+        self.sae: list[Float[Tensor, "B l D"]] = []
+        self.final: list[Float[Tensor, "B l D"]] = []
+
+    @contextmanager
+    def armed(self, sae_layer: nn.Module, final_norm: nn.Module) -> Iterator[StateTap]:
+        """Hook both modules for the duration of the block."""
+
+        def keep(store: list[Tensor]) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                store.append(output[0] if isinstance(output, tuple) else output)
+
+            return hook
+
+        handles = [
+            sae_layer.register_forward_hook(keep(self.sae)),
+            final_norm.register_forward_hook(keep(self.final)),
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Policy(nn.Module):
+    """A multimodal language model that answers in the project's form.
+
+    Args:
+        backbone: The model family's adapter around a Hugging Face model.
+        tokenizer: Knows the concentration tokens.
+        config: Prompt, SAE layer, limits.
+    """
+
+    def __init__(self, backbone: Backbone, tokenizer: Any, config: PolicyConfig) -> None:
+        super().__init__()
+        if config.sae_layer >= len(backbone.layers):
+            raise ValueError(
+                f"sae_layer {config.sae_layer} does not exist; "
+                f"the policy has layers 0 to {len(backbone.layers) - 1}"
+            )
+        self.model = backbone.model
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.config = config
+        self.prompt = Prompt(
+            config.prompt, tokenizer, backbone.image_token_id, int(tokenizer.eos_token_id)
+        )
+
+    @property
+    def width(self) -> int:
+        """D, the width of the language model."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def slots(self) -> int:
+        """K, the number of concentration tokens."""
+        return self.config.prompt.slots
+
+    @property
+    def sae_layer(self) -> nn.Module:
+        """The layer whose output the SAE reads."""
+        return self.backbone.layers[self.config.sae_layer]
+
+    def encode(
+        self,
+        visuals: Sequence[VisualInput],
+        instructions: Sequence[str],
+        thoughts: Sequence[str] | None = None,
+    ) -> Sequences:
+        """Left-padded prompts, followed by whole answers when ``thoughts`` are given.
+
+        Raises:
+            ValueError: if the counts differ, or an instruction is empty or too long.
+        """
+        told = len(instructions if thoughts is None else thoughts)
+        if not len(visuals) == len(instructions) == told > 0:
+            raise ValueError(
+                f"got {len(visuals)} pictures, {len(instructions)} instructions and {told} answers; "
+                "give one of each for every row, and at least one row"
+            )
+        rows: list[EncodedPrompt] = []
+        for i, (visual, instruction) in enumerate(zip(visuals, instructions, strict=True)):
+            row = self.prompt.encode(instruction, visual.grid[0] * visual.grid[1])
+            if thoughts is not None:
+                answer = self.prompt.encode_answer(thoughts[i])
+                row = EncodedPrompt(row.ids + answer.ids, row.kinds + answer.kinds)
+            rows.append(row)
+        return self.pad(rows)
+
+    def pad(self, rows: Sequence[EncodedPrompt]) -> Sequences:
+        """Stack sequences of unequal length, padding on the left."""
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id))
+        kinds = torch.full((len(rows), longest), int(TokenKind.PADDING))
+        for i, row in enumerate(rows):
+            ids[i, longest - len(row.ids) :] = torch.tensor(row.ids)
+            kinds[i, longest - len(row.ids) :] = torch.tensor(row.kinds)
+        device = self.model.device
+        return Sequences(ids.to(device), kinds.to(device))
+
+    def forward(
+        self,
+        sequences: Sequences,
+        visuals: Sequence[VisualInput],
+        features: Sequence[Float[Tensor, "n D"]] | None = None,
+    ) -> tuple[ReasoningBatch, Float[Tensor, "B L D"]]:
+        """One teacher-forced pass over whole answers.
+
+        Args:
+            sequences: Prompts with answers, from :meth:`encode`.
+            visuals: One per row.
+            features: Precomputed image features (:meth:`Backbone.embed_images`), if at hand.
+
+        Returns:
+            The tapped states, and the last hidden states for the language head.
+        """
+        arguments = (
+            self.backbone.image_arguments(list(visuals))
+            if features is None
+            else self.backbone.cached_image_arguments(list(features), list(visuals))
+        )
+        tap = StateTap()
+        with tap.armed(self.sae_layer, self.backbone.final_norm):
+            self.model.model(
+                input_ids=sequences.ids,
+                attention_mask=sequences.attention,
+                use_cache=False,
+                **arguments,
+                **self.backbone.position_arguments(sequences.ids),
+            )
+        states = self._states(sequences, tap.sae[0], tap.final[0])
+        # While generating, the end-of-text is consumed in some rows of a batch and not in others.
+        states.token_kinds[:, -1][sequences.ids[:, -1] == self.prompt.eos_token_id] = int(
+            TokenKind.PADDING
+        )
+        return states, tap.final[0]
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Each token as a reader would see it, blanks included."""
+        # Decoding between two fixed tokens keeps the leading blank that decoders strip.
+        anchor = self.prompt.eos_token_id
+        start = len(self.prompt.decode([anchor]))
+        return [self.prompt.decode([anchor, token])[start:] for token in ids]
+
+    def language_logits(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+        """Next-token logits of chosen positions."""
+        logits = self.model.get_output_embeddings()(hidden)
+        assert isinstance(logits, Tensor)
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        visuals: Sequence[VisualInput],
+        instructions: Sequence[str],
+        *,
+        force_form: bool = False,
+        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+    ) -> Generation:
+        """Answer a batch; greedy at temperature 0.
+
+        Args:
+            visuals: One picture per row.
+            instructions: One text per row.
+            force_form: Constrain the answer to its grammar, so that any checkpoint answers well.
+            temperature: 0 for greedy decoding, else sampling without truncation.
+            max_new_tokens: Longest answer; the policy's own limit by default.
+
+        Raises:
+            ValueError: if an instruction is empty or too long, or an answer has no room.
+        """
+        prompts = self.encode(visuals, instructions)
+        limit = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if limit < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+        tap = StateTap()
+        with tap.armed(self.sae_layer, self.backbone.final_norm):
+            output = self.model.generate(
+                input_ids=prompts.ids,
+                attention_mask=prompts.attention,
+                generation_config=self._generation_config(temperature, limit),
+                logits_processor=LogitsProcessorList(
+                    [ForcedForm(self.prompt, prompts.ids.shape[1], limit)] if force_form else []
+                ),
+                **self.backbone.image_arguments(list(visuals)),
+                **self.backbone.position_arguments(prompts.ids),
+            )
+        return self._take_apart(prompts, output, torch.cat(tap.sae, 1), torch.cat(tap.final, 1))
+
+    def _generation_config(self, temperature: float, limit: int) -> GenerationConfig:
+        untruncated = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return GenerationConfig(
+            max_new_tokens=limit,
+            do_sample=temperature > 0,
+            **(untruncated if temperature > 0 else {}),
+            # A picture's placeholder in an answer could not be read back by any later pass.
+            suppress_tokens=self.backbone.placeholder_ids,
+            pad_token_id=int(self.tokenizer.pad_token_id),
+            eos_token_id=self.prompt.eos_token_id,
+        )
+
+    def _take_apart(
+        self,
+        prompts: Sequences,
+        output: Int[Tensor, "B M"],
+        sae: Float[Tensor, "B l D"],
+        final: Float[Tensor, "B l D"],
+    ) -> Generation:
+        """Cut answers at end-of-text, parse them, and line their tokens up with their states."""
+        width = prompts.ids.shape[1]
+        consumed = sae.shape[1]  # the very last token was never read by the model
+        kinds = torch.full_like(output, int(TokenKind.PADDING))
+        kinds[:, :width] = prompts.kinds
+        answers: list[ParsedAnswer] = []
+        texts: list[str] = []
+        for row, ids in enumerate(output[:, width:].tolist()):
+            eos = self.prompt.eos_token_id
+            answer = ids[: ids.index(eos) + 1] if eos in ids else ids
+            answers.append(self.prompt.parse(answer))
+            texts.append(self.prompt.decode(answer[:-1] if answer[-1] == eos else answer))
+            answer_kinds = torch.tensor(self.prompt.answer_kinds(answer), device=output.device)
+            kinds[row, width : width + len(answer)] = answer_kinds
+        sequences = Sequences(output[:, :consumed], kinds[:, :consumed])
+        ok = torch.tensor([a.status == Status.OK for a in answers], device=output.device)
+        return Generation(self._states(sequences, sae, final, ok), answers, texts)
+
+    def _states(
+        self,
+        sequences: Sequences,
+        sae: Float[Tensor, "B L D"],
+        final: Float[Tensor, "B L D"],
+        well_formed: Bool[Tensor, "B"] | None = None,
+    ) -> ReasoningBatch:
+        is_slot = sequences.kinds == TokenKind.CONCENTRATION
+        counted = is_slot.sum(1) == self.slots
+        well_formed = counted if well_formed is None else well_formed & counted
+        slots = final.new_zeros(len(final), self.slots, final.shape[-1])
+        slots[well_formed] = final[well_formed][is_slot[well_formed]].unflatten(
+            0, (int(well_formed.sum()), self.slots)
+        )
+        return ReasoningBatch(sequences.ids, sequences.kinds.clone(), sae, slots, well_formed)
