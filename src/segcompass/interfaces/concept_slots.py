@@ -1,0 +1,149 @@
+"""SegCompass itself: sparse concepts and concentration tokens become slot queries (Fig. 2 and 3).
+
+    states -> SAE codes -> query codebook -> r_k   \\
+    concentration tokens -> e_k                     -> fusion -> slot mapper -> mask decoder
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from segcompass.concepts.query_codebook import QueryCodebook, QueryCodebookConfig
+from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
+from segcompass.concepts.sparse_codes import spread_rows
+from segcompass.geometry import Frame
+from segcompass.grounding.mask_decoder import MaskDecoder
+from segcompass.grounding.slot_mapper import SlotMapper, SlotMapperConfig
+from segcompass.interfaces.base import Alignment
+from segcompass.types import ReasoningBatch, Slots, TokenKind
+
+READ_BY_SAE = (TokenKind.TEMPLATE, TokenKind.IMAGE, TokenKind.INSTRUCTION, TokenKind.THOUGHT)
+
+
+class HeadConfig(BaseModel, frozen=True, extra="forbid"):
+    """Sizes of everything between the policy's states and the slots."""
+
+    codebook_width: int = Field(128, ge=1, description="C")
+    codebook_layers: int = Field(2, ge=1)
+    codebook_heads: int = Field(8, ge=1)
+    codebook_ffn: int = Field(256, ge=1)
+    mapper: SlotMapperConfig = SlotMapperConfig()
+
+
+class Fusion(nn.Module):
+    """Slot queries from concentration tokens and concept vectors.
+
+    Source: Eq. 2, Q_k = MLP(Concat(e_k, r_k)); layers as in the public release: project r to the
+    policy's width, concatenate, LayerNorm, Linear, SiLU.
+    """
+
+    def __init__(self, policy_width: int, codebook_width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(codebook_width, policy_width)
+        self.norm = nn.LayerNorm(2 * policy_width)
+        self.mix = nn.Linear(2 * policy_width, policy_width)
+
+    def forward(
+        self, tokens: Float[Tensor, "B K D"], concepts: Float[Tensor, "B K C"]
+    ) -> Float[Tensor, "B K D"]:
+        """Fuse both into queries of the policy's width."""
+        joined = torch.cat([tokens, self.project(concepts)], dim=-1)
+        return nn.functional.silu(self.mix(self.norm(joined)))
+
+
+class ConceptSlots(nn.Module):
+    """The SegCompass interface.
+
+    Args:
+        config: Sizes.
+        sae: Frozen sparse autoencoder on the policy's states.
+        decoder: Mask-prompt path and two-way decoder of the segmenter.
+        policy_width: D.
+        slots: K.
+    """
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        sae: SparseAutoencoder,
+        decoder: MaskDecoder,
+        *,
+        policy_width: int,
+        slots: int,
+    ) -> None:
+        super().__init__()
+        if sae.config.d_in != policy_width:
+            raise ValueError(
+                f"the SAE reads states of width {sae.config.d_in}, the policy has {policy_width}; "
+                "use an SAE that was trained on this policy"
+            )
+        self.config = config
+        self.sae = sae.requires_grad_(False)
+        self.codebook = QueryCodebook(
+            QueryCodebookConfig(
+                d_sae=sae.config.d_sae,
+                width=config.codebook_width,
+                slots=slots,
+                layers=config.codebook_layers,
+                heads=config.codebook_heads,
+                ffn=config.codebook_ffn,
+            )
+        )
+        self.fusion = Fusion(policy_width, config.codebook_width)
+        # The slot mapper sees where it looks, as SAM's own decoder does: keys and positions.
+        self.mapper = SlotMapper(
+            config.mapper, query_width=policy_width, key_width=2 * decoder.channels
+        )
+        self.decoder = decoder
+
+    @property
+    def head(self) -> nn.ModuleDict:
+        """What ``head.safetensors`` holds: all that is neither policy, segmenter nor SAE."""
+        return nn.ModuleDict(
+            {"codebook": self.codebook, "fusion": self.fusion, "mapper": self.mapper}
+        )
+
+    def align(
+        self,
+        states: ReasoningBatch,
+        keys: Float[Tensor, "B C h w"],
+        *,
+        padding: Bool[Tensor, "B h w"] | None = None,
+        need_attention: bool = False,
+    ) -> Alignment:
+        """Eq. 4, Fig. 3, Eq. 2 and Eq. 5 in this order.
+
+        Args:
+            states: Of whole answers; the SAE reads prompt and thought, never padding.
+            keys: Image keys from the segmenter's encoder.
+            padding: Grid cells that show no image.
+            need_attention: Also tell which tokens each slot reads.
+        """
+        readable = torch.zeros_like(states.token_kinds, dtype=torch.bool)
+        for kind in READ_BY_SAE:
+            readable |= states.token_kinds == kind
+        parameter = self.fusion.mix.weight
+        codes = self.sae.encode_sparse(states.sae_states[readable].to(parameter.dtype))
+        codes = spread_rows(codes, readable.flatten())
+        concepts = self.codebook(codes, readable, need_attention=need_attention)
+        tokens = states.concentration_states.to(parameter.dtype)
+        queries = self.fusion(tokens, concepts.vectors)
+        positions = self.decoder.positions().expand_as(keys)
+        slots = self.mapper(queries, torch.cat([keys, positions], dim=1), padding)
+        return Alignment(slots, queries, concepts.vectors, codes, concepts.slot_attention)
+
+    def decode(
+        self,
+        keys: Float[Tensor, "B C h w"],
+        slots: Slots,
+        *,
+        frames: Sequence[Frame] | None = None,
+        select: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "*slots 4h 4w"]:
+        """Eq. 3: heatmaps prompt the mask decoder."""
+        return self.decoder(keys, slots.heatmap_logits, frames=frames, select=select)  # type: ignore[no-any-return]

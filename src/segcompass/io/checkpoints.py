@@ -1,0 +1,142 @@
+"""The model folder: every part in its own ecosystem's format, and one file that binds them.
+
+segcompass.json      resolved config, hashes of the parts, versions
+policy/              plain Hugging Face folder
+segmenter/           plain Hugging Face SamModel folder
+sae/                 SAELens layout
+head.safetensors     codebook, fusion, slot mapper with its confidence head
+README.md            model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from segcompass.io.errors import CheckpointError
+
+BINDING = "segcompass.json"
+FORMAT = "segcompass.model/1"
+PARTS = {
+    "policy": "policy/model.safetensors",
+    "segmenter": "segmenter/model.safetensors",
+    "sae": "sae/sae_weights.safetensors",
+    "head": "head.safetensors",
+}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def part_hashes(folder: Path) -> dict[str, str]:
+    """Hash of every part's weights; sharded weights are hashed shard by shard."""
+    hashes = {}
+    for part, name in PARTS.items():
+        path = folder / name
+        files = [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))
+        if not files:
+            raise CheckpointError(
+                f"{path} is missing; a model folder holds {', '.join(PARTS.values())} and {BINDING}"
+            )
+        hashes[part] = "+".join(file_hash(file) for file in files)
+    return hashes
+
+
+def write_binding(folder: Path, config: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+    """Bind the parts that are in ``folder`` together."""
+    content = {
+        "format": FORMAT,
+        "config": config,
+        "parts": part_hashes(folder),
+        "versions": dict(versions),
+    }
+    (folder / BINDING).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_binding(folder: Path) -> dict[str, Any]:
+    """Read and check what binds a model folder.
+
+    Raises:
+        CheckpointError: if the folder is no model folder, or holds parts of different models.
+    """
+    path = folder / BINDING
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} is no SegCompass model folder: it has no {BINDING}; "
+            "give a folder written by `segcompass train`"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); get a fresh copy") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT!r}")
+    for key in ("config", "parts"):
+        if not isinstance(content.get(key), dict):
+            raise CheckpointError(f"{path} has no {key!r} section; get a fresh copy")
+    found = part_hashes(folder)
+    for part, expected in content["parts"].items():
+        if found.get(part) != expected:
+            raise CheckpointError(
+                f"{folder / PARTS.get(part, part)} is not the {part} that this model was saved with "
+                "(damaged, truncated, or from another model); get a complete copy of the folder"
+            )
+    return content
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """Write a module's parameters as safetensors."""
+    save_file({name: t.detach().contiguous() for name, t in module.state_dict().items()}, path)
+
+
+def load_module(module: nn.Module, path: Path) -> None:
+    """Load a module's parameters, strictly.
+
+    Raises:
+        CheckpointError: naming the file and the first parameter that is missing or does not fit.
+    """
+    tensors = read_tensors(path)
+    expected = module.state_dict()
+    for name in sorted({*tensors, *expected}):
+        if name not in tensors or name not in expected:
+            kind = "missing" if name not in tensors else "unknown"
+            raise CheckpointError(f"{path}: parameter {name} is {kind}; the config does not fit it")
+        if tensors[name].shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, "
+                f"the config asks for {tuple(expected[name].shape)}"
+            )
+    module.load_state_dict(tensors, strict=True)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; raises CheckpointError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; get a complete copy of the folder") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); get a fresh copy") from error
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an older one."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)

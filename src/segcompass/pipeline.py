@@ -1,0 +1,209 @@
+"""THE path: an image and an instruction become explained masks. Read this file first.
+
+    image, instruction
+      -> reasoning   Policy.generate        thought, K concentration tokens, states    Eq. 1
+      -> concepts    SparseAutoencoder      (token, concept, activation)               Eq. 4
+                     QueryCodebook          K concept vectors                          Fig. 3
+      -> grounding   ImageEncoder           image keys                                 Eq. 2
+                     SlotMapper             K heatmaps, K confidences                  Eq. 5
+      -> masks       MaskDecoder            K masks                                    Eq. 3
+
+Every stage's result is in the `Prediction`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segcompass.concepts.sparse_codes import select_rows, to_host
+from segcompass.geometry import Frame, masks_to_image, padding_mask
+from segcompass.grounding.image_encoder import ImageEncoder
+from segcompass.interfaces.base import Alignment
+from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.io.images import ImageSource, load_image
+from segcompass.reasoning.backbones import VisualInput
+from segcompass.reasoning.policy import Generation, Policy
+from segcompass.types import Prediction, Status, TokenKind
+
+
+class SegCompass(nn.Module):
+    """The whole model.
+
+    Args:
+        policy: Writes the chain of thought.
+        encoder: Makes image keys.
+        interface: Turns states and keys into slots and masks.
+        threshold: Confidence above which a slot's mask counts.
+        name: Shown in results.
+        fingerprint: Hash of the weights, so that results of different models are never mixed.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        encoder: ImageEncoder,
+        interface: ConceptSlots,
+        *,
+        threshold: float = 0.5,
+        name: str = "unnamed",
+        fingerprint: str = "",
+    ) -> None:
+        super().__init__()
+        self.policy, self.encoder, self.interface = policy, encoder, interface
+        self.threshold, self.name, self.fingerprint = threshold, name, fingerprint
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path = "nano",
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+    ) -> SegCompass:
+        """Load the bundled model ("nano"), a model folder, or a model from the hub.
+
+        Raises:
+            CheckpointError: if the folder is incomplete, damaged or holds parts of two models.
+            MissingAssetError: if the model is not here and cannot be fetched.
+        """
+        from segcompass.model_folder import load_model
+
+        return load_model(name, device=device, dtype=dtype, revision=revision)
+
+    def predict(self, image: ImageSource, instruction: str, **options: Any) -> Prediction:
+        """Segment one picture; see :meth:`predict_batch` for the options."""
+        return self.predict_batch([image], [instruction], **options)[0]
+
+    @torch.inference_mode()
+    def predict_batch(
+        self,
+        images: Sequence[ImageSource],
+        instructions: Sequence[str],
+        *,
+        force_format: bool = True,
+        threshold: float | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[Prediction]:
+        """Segment several pictures at once, greedily.
+
+        Args:
+            images: Paths, bytes, PIL images or uint8 RGB arrays of any size.
+            instructions: One for each image.
+            force_format: Constrain the answer to its form; off when the form is to be judged.
+            threshold: Confidence above which a mask counts, in [0, 1].
+            max_new_tokens: Longest answer.
+
+        Raises:
+            ImageError: if a picture cannot be read.
+            ValueError: if an instruction is empty or too long, or the counts differ.
+        """
+        clock = _Clock()
+        pictures = [load_image(image) for image in images]
+        visuals = [self.policy.backbone.prepare(picture) for picture in pictures]
+        clock.lap("loading")
+
+        reasoning = self.policy.generate(
+            visuals, instructions, force_form=force_format, max_new_tokens=max_new_tokens
+        )
+        clock.lap("reasoning")
+
+        pixels, frames = self.encoder.preprocess(pictures)
+        keys = self.encoder(pixels)
+        clock.lap("image keys")
+
+        padding = padding_mask(frames, keys.shape[-1], keys.device)
+        alignment = self.interface.align(
+            reasoning.states, keys, padding=padding, need_attention=True
+        )
+        clock.lap("concepts and slots")
+
+        low_res = self.interface.decode(keys, alignment.slots, frames=frames)
+        clock.lap("masks")
+
+        cut = self.threshold if threshold is None else threshold
+        timings = {stage: seconds / len(pictures) for stage, seconds in clock.laps.items()}
+        return [
+            self._prediction(
+                i, pictures[i], instructions[i], visuals[i], frames[i],
+                reasoning, alignment, low_res, cut, timings,
+            )
+            for i in range(len(pictures))
+        ]  # fmt: skip
+
+    def _prediction(
+        self,
+        i: int,
+        picture: np.ndarray,
+        instruction: str,
+        visual: VisualInput,
+        frame: Frame,
+        reasoning: Generation,
+        alignment: Alignment,
+        low_res: Tensor,
+        threshold: float,
+        timings: dict[str, float],
+    ) -> Prediction:
+        """Everything about row ``i`` of the batch, on the host."""
+        answer, states = reasoning.answers[i], reasoning.states
+        real = states.token_kinds[i] != TokenKind.PADDING
+        length = states.token_ids.shape[1]
+        scores = alignment.slots.confidence_logits[i].sigmoid()
+        accepted = (scores > threshold) & (answer.status == Status.OK)
+        masks = masks_to_image(low_res[i], frame) > 0
+        heatmaps = masks_to_image(alignment.slots.heatmap_logits[i].sigmoid(), frame)
+        status = answer.status
+        if status == Status.OK and not accepted.any():
+            status = Status.NO_TARGET
+        rows = torch.zeros(len(states.token_ids), length, dtype=torch.bool, device=real.device)
+        rows[i] = real
+        assert alignment.slot_attention is not None
+        return Prediction(
+            instruction=instruction,
+            status=status,
+            text=reasoning.texts[i],
+            reasoning=answer.thought,
+            image_rgb=picture,
+            slot_masks=_host(masks),
+            slot_scores=_host(scores),
+            accepted=_host(accepted),
+            slot_heatmaps=_host(heatmaps),
+            heatmap_logits=_host(alignment.slots.heatmap_logits[i]),
+            head_scores=_host(alignment.slots.scores[i]),
+            low_res_logits=_host(low_res[i]),
+            slot_queries=_host(alignment.queries[i]),
+            concept_vectors=_host(alignment.concept_vectors[i]),
+            slot_attention=_host(alignment.slot_attention[i][:, real]),
+            codes=to_host(select_rows(alignment.codes, rows.flatten())),
+            tokens=tuple(self.policy.token_texts(states.token_ids[i][real].tolist())),
+            token_kinds=_host(states.token_kinds[i][real]),
+            token_boxes=visual.boxes,
+            threshold=threshold,
+            model=self.name,
+            timings=timings,
+        )
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage], self.last = now - self.last, now
+
+
+def _host(tensor: Tensor) -> np.ndarray:
+    """A tensor as a numpy array; half precision becomes fp32."""
+    tensor = tensor.detach().cpu()
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
