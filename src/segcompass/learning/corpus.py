@@ -1,0 +1,132 @@
+"""Training samples ready for the models, kept in memory where they fit.
+
+Pictures are decoded and resized once per run; on two cores that is what keeps data from being
+what training waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from segcompass.data.samples import ImageRecord
+from segcompass.data.scenes.catalog import CATEGORIES, COLOURS, MAP_SIDE, SIZES, TEXTURES
+from segcompass.geometry import Frame, masks_to_grid, to_frame
+from segcompass.io.images import load_image
+from segcompass.io.masks import decode
+from segcompass.reasoning.backbones import Backbone, VisualInput
+from segcompass.types import NamedObject, Rle
+
+T = TypeVar("T")
+IGNORED = -100  # target value that cross-entropy skips
+
+
+class Memo(Generic[T]):
+    """Remembers what a function made of a picture, by its path.
+
+    Args:
+        make: Reads and prepares one picture.
+        limit: Most pictures kept; later ones are made anew every time.
+    """
+
+    def __init__(self, make: Callable[[Path], T], limit: int = 40_000) -> None:
+        self.make, self.limit = make, limit
+        self.kept: dict[Path, T] = {}
+
+    def __call__(self, path: Path) -> T:
+        if path in self.kept:
+            return self.kept[path]
+        value = self.make(path)
+        if len(self.kept) < self.limit:
+            self.kept[path] = value
+        return value
+
+
+def visual_memo(backbone: Backbone) -> Memo[VisualInput]:
+    """Pictures as the policy takes them, in the policy's own precision."""
+
+    def make(path: Path) -> VisualInput:
+        visual = backbone.prepare(load_image(path))
+        return visual._replace(pixels=visual.pixels.to(backbone.model.dtype))
+
+    return Memo(make)
+
+
+def frame_memo(side: int) -> Memo[np.ndarray]:
+    """Pictures in the segmenter's frame, uint8 (side, side, 3)."""
+
+    def make(path: Path) -> np.ndarray:
+        image = load_image(path)
+        return to_frame(image, Frame.fit((image.shape[0], image.shape[1]), side))
+
+    return Memo(make)
+
+
+def target_grid(
+    rles: Sequence[Rle], hw: tuple[int, int], side: int, grid: int
+) -> Float[Tensor, "N grid grid"]:
+    """Share of every grid cell that each target covers, in the segmenter's frame."""
+    if not rles:
+        return torch.zeros(0, grid, grid)
+    stack = torch.from_numpy(np.stack([decode(rle) for rle in rles]))
+    return masks_to_grid(stack, Frame.fit(hw, side), grid)
+
+
+DENSE_TARGETS: dict[str, int] = {  # what the vision tower learns to tell of every map cell
+    "here_category": len(CATEGORIES) + 1,  # of the thing whose middle lies in the cell
+    "here_colour": len(COLOURS),
+    "here_size": len(SIZES),
+    "here_texture": len(TEXTURES),
+    "cover_category": len(CATEGORIES) + 1,  # of the thing that covers most of the cell
+    "cover_colour": len(COLOURS),
+    "row": MAP_SIDE,  # of the cell itself: the tower has only relative positions of its own
+    "column": MAP_SIDE,
+}
+
+
+def dense_targets(record: ImageRecord) -> dict[str, Int[Tensor, "cells"]]:
+    """Targets of :data:`DENSE_TARGETS` for the 8x8 map of one picture, in reading order.
+
+    Attributes of cells without a thing are left out of the loss.
+    """
+    cells = MAP_SIDE * MAP_SIDE
+    targets = {name: torch.full((cells,), IGNORED) for name in DENSE_TARGETS}
+    targets["row"] = torch.arange(cells) // MAP_SIDE
+    targets["column"] = torch.arange(cells) % MAP_SIDE
+    targets["here_category"] = torch.full((cells,), len(CATEGORIES))
+    targets["cover_category"] = torch.full((cells,), len(CATEGORIES))
+    for thing in record.objects:
+        cell = "abcdefgh".index(thing.cell[0]) * MAP_SIDE + int(thing.cell[1]) - 1
+        for name, value in _attributes(thing).items():
+            targets[f"here_{name}"][cell] = value
+    side = max(record.image_hw)
+    coverage = target_grid(record.masks, record.image_hw, side, MAP_SIDE).flatten(1)
+    strongest, which = coverage.max(0)
+    for cell in (strongest > 0.3).nonzero().flatten().tolist():
+        attributes = _attributes(record.objects[int(which[cell])])
+        targets["cover_category"][cell] = attributes["category"]
+        targets["cover_colour"][cell] = attributes["colour"]
+    return targets
+
+
+def _attributes(thing: NamedObject) -> dict[str, int]:
+    return {
+        "category": list(CATEGORIES).index(thing.category),
+        "colour": list(COLOURS).index(thing.colour),
+        "size": list(SIZES).index(thing.size),
+        "texture": TEXTURES.index(thing.texture),
+    }
+
+
+def stack_targets(
+    targets: Iterable[dict[str, Int[Tensor, "cells"]]],
+) -> dict[str, Int[Tensor, "n"]]:
+    """One flat row of targets per name for a whole batch."""
+    rows = list(targets)
+    return {name: torch.cat([row[name] for row in rows]) for name in DENSE_TARGETS}

@@ -1,0 +1,168 @@
+"""Run the stages of a config: segmenter -> warmup -> sae -> joint, each resumable by itself.
+
+RUN/config.json        the resolved config
+RUN/stages/STAGE/      log.jsonl, state.safetensors
+RUN/segmenter, policy, sae    what the stages hand on, each in its ecosystem's format
+RUN/model/             the finished model folder
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
+from segcompass.data.samples import read_dataset
+from segcompass.data.scenes.writer import write_scenes
+from segcompass.grounding.image_encoder import ImageEncoder
+from segcompass.io.checkpoints import replace_folder
+from segcompass.io.errors import ConfigError
+from segcompass.learning.config import RunConfig, load_config
+from segcompass.learning.train_joint import train_joint
+from segcompass.learning.train_sae import train_sae
+from segcompass.learning.train_segmenter import train_segmenter
+from segcompass.learning.train_warmup import train_language, train_vision
+from segcompass.model_folder import ModelConfig, build_interface, load_segmenter, save_model
+from segcompass.reasoning.loading import load_policy, new_policy, save_policy
+from segcompass.reasoning.policy import Policy
+
+
+def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> Path:
+    """Run one stage of a config, or ``all`` of them in order.
+
+    Args:
+        stage: segmenter, warmup, sae, joint or all.
+        config_path: A YAML config.
+        overrides: ``a.b=value`` settings that go before the file's.
+        resume: Continue from saved states; stages that are finished are skipped.
+
+    Returns:
+        The folder that the last stage wrote.
+
+    Raises:
+        ConfigError: if the config is wrong, or states of an earlier run would be overwritten.
+        DataError: if the data is missing or broken.
+    """
+    config = load_config(config_path, overrides)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if stage not in {*STAGES, "all"}:
+        raise ConfigError(f"no stage is called {stage!r}; choose one of {', '.join(STAGES)}, all")
+    config.run.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)
+    (config.run / "config.json").write_text(text + "\n")
+    write_data(config)
+    folder = config.run
+    for name in STAGES if stage == "all" else [stage]:
+        states = list(config.run.glob(f"stages/{name}*/state.safetensors"))
+        if states and not resume:
+            raise ConfigError(
+                f"{states[0]} is from an earlier run; pass --resume to continue it, "
+                "set another `run` folder, or delete it"
+            )
+        folder = STAGES[name](config)
+    return folder
+
+
+def write_data(config: RunConfig) -> None:
+    """Write the configured world of scenes, unless it is there already."""
+    scenes = config.data.scenes
+    if scenes is not None:
+        counts = scenes.model_dump(exclude={"seed"})
+        write_scenes(config.data.root, counts, scenes.seed)
+
+
+def run_segmenter(config: RunConfig) -> Path:
+    """Pretrain the segmenter if the config says how; else hand on the pretrained one."""
+    torch.manual_seed(config.seed)
+    sam = load_segmenter(config.segmenter)
+    if config.train_segmenter is not None:
+        train_segmenter(sam, config, config.train_segmenter, config.run / "stages/segmenter")
+    return _hand_on(config.run / "segmenter", sam.save_pretrained)
+
+
+def run_warmup(config: RunConfig) -> Path:
+    """Build or load the policy, and teach it to see and to answer."""
+    policy = start_policy(config)
+    if config.train_vision is not None:
+        train_vision(policy, config, config.train_vision, config.run / "stages/warmup-vision")
+    for name in ("language", "together"):
+        stage = getattr(config, f"train_{name}")
+        if stage is not None:
+            train_language(policy, config, stage, config.run / f"stages/warmup-{name}")
+    return _hand_on(config.run / "policy", lambda folder: save_policy(policy, folder))
+
+
+def run_sae(config: RunConfig) -> Path:
+    """Train the SAE on the warm policy."""
+    sae = train_sae(warm_policy(config), config, config.train_sae, config.run / "stages/sae")
+    metadata = sae_metadata(config)
+    return _hand_on(config.run / "sae", lambda folder: sae.save(folder, metadata))
+
+
+def run_joint(config: RunConfig) -> Path:
+    """Train the head with the upper policy, and write the finished model."""
+    policy = warm_policy(config)
+    sam = load_segmenter(config.run / "segmenter")
+    sae = SparseAutoencoder.load(config.run / "sae")
+    model = ModelConfig(name=config.run.name, policy=config.policy.use, head=config.head)
+    torch.manual_seed(config.seed)
+    interface = build_interface(model, policy, sam, sae)
+    stage = config.train_joint
+    train_joint(policy, ImageEncoder(sam), interface, config, stage, config.run / "stages/joint")
+    folder = config.run / "model"
+    metadata = sae_metadata(config)
+    save_model(folder, model, policy, sam, sae, interface, sae_metadata=metadata)
+    return folder
+
+
+STAGES: dict[str, Callable[[RunConfig], Path]] = {
+    "segmenter": run_segmenter,
+    "warmup": run_warmup,
+    "sae": run_sae,
+    "joint": run_joint,
+}
+
+
+def start_policy(config: RunConfig) -> Policy:
+    """The policy that warm-up begins with."""
+    source = config.policy
+    if source.source != "scratch":
+        return load_policy(source.source, source.use, dtype=getattr(torch, source.dtype))
+    samples = read_dataset(config.data.root, config.data.split)
+    texts = [text for s in samples for text in (s.instruction, s.thought or "")]
+    policy = new_policy(source.scratch, source.use, texts, config.seed)
+    policy.model.to(getattr(torch, source.dtype))
+    return policy
+
+
+def warm_policy(config: RunConfig) -> Policy:
+    """The policy as warm-up left it; without a warm-up, the configured one."""
+    folder = config.run / "policy"
+    if not folder.is_dir():
+        if config.policy.source == "scratch":
+            raise ConfigError(f"{folder} is missing; run `segcompass train warmup` first")
+        return start_policy(config)
+    return load_policy(folder, config.policy.use, dtype=getattr(torch, config.policy.dtype))
+
+
+def sae_metadata(config: RunConfig) -> dict[str, str | int]:
+    """What an SAELens reader wants to know about the SAE."""
+    layer = config.policy.use.sae_layer
+    return {
+        "model_name": str(config.policy.source),
+        "hook_name": f"model.language_model.layers.{layer}",
+        "hook_layer": layer,
+        "dataset_path": str(config.data.root),
+    }
+
+
+def _hand_on(folder: Path, save: Callable[[Path], object]) -> Path:
+    """Write a stage's result in one move."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    save(partial)
+    replace_folder(partial, folder)
+    return folder

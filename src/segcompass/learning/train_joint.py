@@ -1,0 +1,138 @@
+"""Joint training: segmentation and confidence losses through slots, concepts and policy (Eq. 6).
+
+Frozen: the segmenter's image encoder (its keys are computed once), the SAE, and the policy up to
+the SAE layer, so that what the SAE reads does not drift. One policy pass gives the states of the
+SAE layer, the concentration tokens and the answer's log-probabilities.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from segcompass.data.samples import read_dataset
+from segcompass.geometry import Frame, padding_mask
+from segcompass.grounding.image_encoder import ImageEncoder
+from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.learning.config import JointStage, RunConfig
+from segcompass.learning.corpus import Memo, frame_memo, target_grid, visual_memo
+from segcompass.learning.loop import Loop, Losses, grouped_indices
+from segcompass.learning.losses import confidence_bce, dice_loss, map_bce
+from segcompass.learning.matching import match
+from segcompass.learning.train_warmup import FeatureCache, answer_loss
+from segcompass.reasoning.policy import Policy
+from segcompass.types import Sample, Slots
+
+
+def train_joint(
+    policy: Policy,
+    encoder: ImageEncoder,
+    interface: ConceptSlots,
+    config: RunConfig,
+    stage: JointStage,
+    folder: Path,
+) -> None:
+    """Train everything after the SAE layer on masks; see `JointStage` for the weights."""
+    samples = read_dataset(config.data.root, config.data.split, layout=config.data.layout)
+    trained = freeze(policy, encoder, interface, stage)
+    loop = Loop(folder, "joint", trained, stage, config.seed, stage.multipliers)
+    loop.resume()
+    visuals, features = visual_memo(policy.backbone), FeatureCache(policy)
+    keys = key_memo(encoder)
+    lengths = [len(s.thought or "") + len(s.instruction) for s in samples]
+
+    def losses(step: int) -> Losses:
+        chosen = grouped_indices(step, stage.batch, lengths, stage.group, config.seed)
+        batch = [samples[i] for i in chosen]
+        pictures = [visuals(s.image_path) for s in batch]
+        thoughts = [s.thought or "" for s in batch]
+        sequences = policy.encode(pictures, [s.instruction for s in batch], thoughts)
+        states, hidden = policy(sequences, pictures, features(batch, pictures))
+        stacked = torch.stack([keys(s.image_path).float() for s in batch])
+        frames = [Frame.fit(s.image_hw, encoder.side) for s in batch]
+        padding = padding_mask(frames, encoder.grid)
+        alignment = interface.align(states, stacked, padding=padding)
+        result = segmentation_losses(interface, stacked, alignment.slots, batch, frames, stage)
+        language, _ = answer_loss(policy, sequences, hidden)
+        result["language"] = language.detach()
+        result["loss"] = result["loss"] + stage.language_weight * language
+        return result
+
+    loop.run(losses)
+
+
+def segmentation_losses(
+    interface: ConceptSlots,
+    keys: Float[Tensor, "B C h w"],
+    slots: Slots,
+    batch: list[Sample],
+    frames: list[Frame],
+    stage: JointStage,
+) -> Losses:
+    """L_seg and L_conf of Eq. 6 on matched slots, and how good the matched masks are.
+
+    Only matched slots are decoded. Slots of pictures without a target learn to be unsure.
+    """
+    side, grid = frames[0].side, keys.shape[-1]
+    coarse = [target_grid(s.targets, s.image_hw, side, grid) for s in batch]
+    fine = [target_grid(s.targets, s.image_hw, side, 4 * grid) for s in batch]
+    matches = match(slots.heatmap_logits, slots.confidence_logits, coarse)
+    matched = torch.zeros_like(slots.confidence_logits)
+    matched[matches.images, matches.slots] = 1.0
+    confidence = confidence_bce(slots.confidence_logits, matched)
+    result = {"loss": stage.conf_weight * confidence, "confidence": confidence.detach()}
+    if len(matches.images) == 0:
+        return result
+    chosen = (matches.images, matches.slots)
+    heatmaps = slots.heatmap_logits[chosen]
+    logits = interface.decode(keys, slots, frames=frames, select=chosen)
+    rows = zip(matches.images.tolist(), matches.indices.tolist(), strict=True)
+    targets = torch.stack([fine[image][index] for image, index in rows])
+    bce = map_bce(heatmaps, matches.targets).mean()
+    sketch = dice_loss(heatmaps, matches.targets).mean()
+    dice = dice_loss(logits, targets).mean()
+    segmentation = bce + stage.heatmap_dice_weight * sketch + stage.dice_weight * dice
+    with torch.no_grad():
+        hit, truth = logits > 0, targets > 0.5
+        both = (hit & truth).flatten(1).sum(-1) / (hit | truth).flatten(1).sum(-1).clamp_min(1)
+    return {
+        "loss": result["loss"] + stage.seg_weight * segmentation,
+        "confidence": confidence.detach(),
+        "heatmap_bce": bce.detach(),
+        "heatmap_dice": sketch.detach(),
+        "dice": dice.detach(),
+        "iou": both.mean(),
+    }
+
+
+def freeze(
+    policy: Policy, encoder: ImageEncoder, interface: ConceptSlots, stage: JointStage
+) -> dict[str, nn.Module]:
+    """Freeze what this stage leaves alone; returns the trained parts by name."""
+    policy.requires_grad_(False)
+    encoder.requires_grad_(False)
+    interface.sae.requires_grad_(False)
+    parts: dict[str, nn.Module] = {
+        "codebook": interface.codebook,
+        "head": nn.ModuleDict({"fusion": interface.fusion, "mapper": interface.mapper}),
+        "decoder": interface.decoder,
+    }
+    if stage.train_upper_layers:
+        upper = nn.ModuleList(policy.backbone.layers[policy.config.sae_layer + 1 :])
+        parts["policy"] = nn.ModuleList([upper, policy.backbone.final_norm]).requires_grad_(True)
+    return parts
+
+
+def key_memo(encoder: ImageEncoder) -> Memo[Tensor]:
+    """Image keys of the frozen encoder, kept in half precision."""
+    frames = frame_memo(encoder.side)
+
+    @torch.no_grad()
+    def make(path: Path) -> Tensor:
+        pixels = encoder.normalise(frames.make(path)[None])
+        return encoder(pixels)[0].bfloat16()
+
+    return Memo(make)

@@ -1,0 +1,95 @@
+"""Promptable pretraining of a small segmenter, as SAM was trained: prompts in, masks out.
+
+Only for segmenters without public weights, such as nano.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import SamModel
+
+from segcompass.data.samples import ImageRecord, read_images
+from segcompass.grounding.image_encoder import ImageEncoder
+from segcompass.grounding.mask_decoder import MaskDecoder
+from segcompass.io.masks import box, decode
+from segcompass.learning.config import RunConfig, SegmenterStage
+from segcompass.learning.corpus import frame_memo, target_grid
+from segcompass.learning.loop import Loop, Losses, batch_indices
+from segcompass.learning.losses import dice_loss, map_bce, soft_iou
+
+
+def train_segmenter(sam: SamModel, config: RunConfig, stage: SegmenterStage, folder: Path) -> None:
+    """Teach the segmenter to complete points, boxes and coarse maps into masks."""
+    records = read_images(config.data.root, config.data.split)
+    encoder, decoder = ImageEncoder(sam), MaskDecoder(sam)
+    frames = frame_memo(encoder.side)
+    loop = Loop(folder, "segmenter", {"sam": sam}, stage, config.seed)
+    loop.resume()
+
+    def losses(step: int) -> Losses:
+        chosen = batch_indices(step, stage.batch, len(records), config.seed)
+        batch = [records[i] for i in chosen]
+        pixels = encoder.normalise(np.stack([frames(r.image_path) for r in batch]))
+        rng = random.Random(f"{config.seed}/{step}")
+        rows, prompts, targets = _prompts(batch, decoder, stage.prompts, rng, encoder.side)
+        keys = encoder(pixels)
+        kind = ("points", "boxes", "masks")[step % 3]
+        logits = decoder.decode_prompts(keys, rows, **{kind: prompts[kind]})
+        dice, bce = dice_loss(logits, targets).mean(), map_bce(logits, targets).mean()
+        iou = soft_iou((logits > 0).float() * 40 - 20, (targets > 0.5).float()).mean()
+        return {"loss": dice + 5 * bce, "dice": dice.detach(), "iou": iou.detach()}
+
+    loop.run(losses)
+
+
+def _prompts(
+    batch: list[ImageRecord], decoder: MaskDecoder, count: int, rng: random.Random, side: int
+) -> tuple[Tensor, dict[str, Tensor], Float[Tensor, "M 4h 4w"]]:
+    """Pick things to prompt for, and every kind of prompt for each."""
+    rows, points, boxes, coverage = [], [], [], []
+    for row, record in enumerate(batch):
+        scale = side / max(record.image_hw)
+        picked = rng.sample(range(len(record.masks)), min(count, len(record.masks)))
+        for i in picked:
+            ys, xs = decode(record.masks[i]).nonzero()
+            at = rng.randrange(len(ys))
+            rows.append(row)
+            points.append([[(xs[at] + 0.5) * scale, (ys[at] + 0.5) * scale]])
+            x, y, width, height = box(record.masks[i])
+            boxes.append([c * scale for c in _jitter((x, y, x + width, y + height), rng)])
+        rles = [record.masks[i] for i in picked]
+        coverage.append(target_grid(rles, record.image_hw, side, decoder.mask_side))
+    targets = torch.cat(coverage)
+    prompts = {
+        "points": torch.tensor(points, dtype=torch.float32),
+        "boxes": torch.tensor(boxes, dtype=torch.float32),
+        "masks": decoder.mask_prompts(_coarse(targets, decoder.grid)),
+    }
+    return torch.tensor(rows), prompts, targets
+
+
+def _jitter(
+    corners: tuple[float, float, float, float], rng: random.Random
+) -> tuple[float, float, float, float]:
+    """Move the sides of a box by up to a tenth of its size."""
+    x0, y0, x1, y1 = corners
+    dx, dy = 0.1 * (x1 - x0), 0.1 * (y1 - y0)
+    return (
+        x0 + rng.uniform(-dx, dx),
+        y0 + rng.uniform(-dy, dy),
+        x1 + rng.uniform(-dx, dx),
+        y1 + rng.uniform(-dy, dy),
+    )
+
+
+def _coarse(targets: Float[Tensor, "M 4h 4w"], grid: int) -> Float[Tensor, "M h w"]:
+    """A noisy map at the heatmaps' resolution: what the slot mapper will deliver."""
+    cells = torch.nn.functional.adaptive_avg_pool2d(targets[:, None], grid)[:, 0]
+    logits = 8 * (cells - 0.4)
+    return logits + torch.randn_like(logits)

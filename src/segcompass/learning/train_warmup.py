@@ -1,0 +1,125 @@
+"""Warm-up: the policy alone learns to see and to speak, before it is asked to segment.
+
+Two stages. `vision`: every image token tells what stands in its map cell, which colour, size and
+texture it has, and where the cell is. `language`: questions and the oracle's whole answers. The
+oracle lists the scene before it reasons, so every answer is a caption too; without captions the
+words that depend on the picture are too few to learn from.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from segcompass.data.samples import read_dataset, read_images
+from segcompass.learning.config import LanguageStage, RunConfig, VisionStage
+from segcompass.learning.corpus import DENSE_TARGETS, dense_targets, stack_targets, visual_memo
+from segcompass.learning.loop import Loop, Losses, batch_indices, grouped_indices
+from segcompass.reasoning.backbones import VisualInput
+from segcompass.reasoning.policy import Policy, Sequences
+from segcompass.types import Sample, TokenKind
+
+_EMPTY = {"here_category", "cover_category"}  # targets with a class for "nothing"
+
+
+class DenseHeads(nn.Module):
+    """One linear read-out per dense target; thrown away after the stage."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({n: nn.Linear(width, c) for n, c in DENSE_TARGETS.items()})
+
+    def losses(self, features: Tensor, targets: dict[str, Tensor], background: float) -> Losses:
+        """Cross-entropy of every target, and the accuracy on cells that hold a thing."""
+        result: Losses = {}
+        for name, head in self.heads.items():
+            logits, target = head(features), targets[name]
+            weight = torch.ones(logits.shape[-1])
+            if name in _EMPTY:
+                weight[-1] = background
+            result[name] = F.cross_entropy(logits, target, weight)
+            if name.startswith("here"):
+                at = (target >= 0) & (target < logits.shape[-1] - (name in _EMPTY))
+                result[f"acc_{name}"] = (logits.argmax(-1) == target)[at].float().mean()
+        loss = torch.stack([result[name] for name in DENSE_TARGETS]).sum()
+        return {"loss": loss, **{k: v.detach() for k, v in result.items() if k.startswith("acc")}}
+
+
+def train_vision(policy: Policy, config: RunConfig, stage: VisionStage, folder: Path) -> None:
+    """Pretrain the vision tower on dense targets."""
+    records = read_images(config.data.root, config.data.split)
+    torch.manual_seed(config.seed)
+    heads = DenseHeads(policy.width)
+    tower = policy.model.model.visual
+    loop = Loop(folder, "vision", {"tower": tower, "heads": heads}, stage, config.seed)
+    loop.resume()
+    visuals = visual_memo(policy.backbone)
+    targets = cache(lambda i: dense_targets(records[i]))
+
+    def losses(step: int) -> Losses:
+        chosen = batch_indices(step, stage.batch, len(records), config.seed)
+        batch = [visuals(records[i].image_path) for i in chosen]
+        features = torch.cat(policy.backbone.embed_images(batch)).float()
+        return heads.losses(
+            features, stack_targets(targets(i) for i in chosen), stage.background_weight
+        )
+
+    loop.run(losses)
+
+
+def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, folder: Path) -> None:
+    """Train the language model on questions and oracle answers."""
+    samples = [s for s in read_dataset(config.data.root, config.data.split) if s.thought]
+    visuals = visual_memo(policy.backbone)
+    features = None if stage.train_vision else FeatureCache(policy)
+    policy.model.model.visual.requires_grad_(stage.train_vision)
+    loop = Loop(folder, "language", {"policy": policy.model}, stage, config.seed)
+    loop.resume()
+    lengths = [len(s.thought or "") + len(s.instruction) for s in samples]
+
+    def losses(step: int) -> Losses:
+        chosen = grouped_indices(step, stage.batch, lengths, stage.group, config.seed)
+        batch = [samples[i] for i in chosen]
+        pictures = [visuals(s.image_path) for s in batch]
+        thoughts = [s.thought or "" for s in batch]
+        sequences = policy.encode(pictures, [s.instruction for s in batch], thoughts)
+        _, hidden = policy(sequences, pictures, features and features(batch, pictures))
+        loss, accuracy = answer_loss(policy, sequences, hidden)
+        return {"loss": loss, "accuracy": accuracy}
+
+    loop.run(losses)
+    policy.model.model.visual.requires_grad_(True)
+
+
+class FeatureCache:
+    """Image features of a frozen vision tower, computed once per picture."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.kept: dict[Path, Tensor] = {}
+
+    def __call__(self, batch: list[Sample], visuals: list[VisualInput]) -> list[Tensor]:
+        new = {s.image_path: v for s, v in zip(batch, visuals, strict=True)}
+        new = {path: v for path, v in new.items() if path not in self.kept}
+        if new:
+            with torch.no_grad():
+                made = self.policy.backbone.embed_images(list(new.values()))
+            self.kept.update(zip(new, made, strict=True))
+        return [self.kept[s.image_path] for s in batch]
+
+
+def answer_loss(
+    policy: Policy, sequences: Sequences, hidden: Float[Tensor, "B L D"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Cross-entropy of the answers' tokens, and the share that is predicted exactly."""
+    is_answer = sequences.kinds >= TokenKind.THOUGHT
+    is_answer[:, -1] = True  # end-of-text
+    targets = sequences.ids[:, 1:][is_answer[:, 1:]]
+    logits = policy.language_logits(hidden[:, :-1][is_answer[:, 1:]]).float()
+    right = (logits.argmax(-1) == targets).float().mean()
+    return F.cross_entropy(logits, targets), right
