@@ -1,0 +1,316 @@
+"""The command line: each command parses, calls one function, and prints.
+
+Heavy packages are imported inside the commands, so that ``segcompass --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from segcompass import __version__
+from segcompass.apps import console
+from segcompass.apps.console import CommandGroup
+
+if TYPE_CHECKING:
+    from segcompass.apps.runs import Failure, Job
+    from segcompass.pipeline import SegCompass
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Masks for an instruction, and the way the model got there.",
+    epilog="Exit codes: 0 done (also when nothing matches), 1 failed, 2 usage, 3 some inputs "
+    "failed, 4 an asset is missing offline, 5 an unsafe file was refused, 130 interrupted.",
+)
+data = typer.Typer(no_args_is_help=True, help="Make data sets.")
+app.add_typer(data, name="data")
+
+Model = Annotated[str, typer.Option(help="nano (bundled), a model folder, or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: what is there.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 …; default: the checkpoint's.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Confidence above which a mask counts; default: the model's."),
+]
+
+
+class Stage(StrEnum):
+    """What `train` can run; `all` runs the four in order."""
+
+    SEGMENTER = "segmenter"
+    WARMUP = "warmup"
+    SAE = "sae"
+    JOINT = "joint"
+    ALL = "all"
+
+
+class Layout(StrEnum):
+    """How a data set lies on disk."""
+
+    REFCOCO = "refcoco"
+    GREFCOCO = "grefcoco"
+    REASONSEG = "reasonseg"
+
+
+class Control(StrEnum):
+    """A control input: a model that really looks and reads must fail on it."""
+
+    QUESTIONS = "shuffle-questions"
+    IMAGES = "shuffle-images"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="SEGCOMPASS_DEBUG", help="Show tracebacks of errors.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_version, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Settle what holds for every command."""
+    if debug:
+        os.environ["SEGCOMPASS_DEBUG"] = "1"
+    if not sys.stderr.isatty():
+        logging.getLogger("segcompass").addHandler(logging.NullHandler())
+        # The libraries underneath keep the same silence.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def load(model: str, device: str | None, dtype: str | None, revision: str | None) -> SegCompass:
+    """Load a model; says so to a person who waits."""
+    from segcompass.pipeline import SegCompass
+
+    console.note(f"loading {model} …")
+    return SegCompass.from_pretrained(model, device=device, dtype=dtype, revision=revision)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path(),
+    device: Device = None,
+) -> None:
+    """Run the bundled model on bundled pictures: a table and report.html."""
+    from segcompass.apps import runs
+    from segcompass.apps.collect import Collector
+
+    jobs = runs.demo_jobs()
+    collector = Collector()
+    runs.work_off(load("nano", device, None, None), jobs, collector.take, batch_size=4)
+    console.print_table(collector.rows)
+    if collector.rows:
+        print(collector.write_report(out, "SegCompass demo"))
+    collector.finish()
+
+
+@app.command()
+def predict(
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="SOURCE…", help="Pictures, folders, patterns.")
+    ] = None,
+    instruction: Annotated[
+        list[str] | None,
+        typer.Option("--instruction", "-i", help="What to find; repeat to ask several things."),
+    ] = None,
+    instructions: Annotated[
+        Path | None,
+        typer.Option(help="CSV or JSONL of image and instruction, instead of SOURCE and -i."),
+    ] = None,
+    model: Model = "nano",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for masks, heatmaps, JSON and report.html.")
+    ] = None,
+    as_json: AsJson = False,
+    threshold: Threshold = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer in tokens; default: the model's.")
+    ] = None,
+    force_format: Annotated[
+        bool, typer.Option(help="Hold the answer to its form: thought, then K tokens.")
+    ] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Find what the instruction names, and show the way there."""
+    from segcompass.apps import runs
+    from segcompass.apps.collect import Collector
+
+    jobs, missing = _jobs(sources or [], instruction or [], instructions)
+    collector = Collector(out=out, as_json=as_json)
+    for failure in missing:
+        collector.take(failure)
+    if jobs:
+        runs.work_off(
+            load(model, device, dtype, revision),
+            jobs,
+            collector.take,
+            batch_size=batch_size,
+            threshold=threshold,
+            max_new_tokens=max_new_tokens,
+            force_format=force_format,
+        )
+    if not as_json:
+        console.print_table(collector.rows)
+    if out is not None and collector.rows:
+        collector.write_coco(out / "coco.json")
+        console.note(f"wrote {collector.write_report(out, 'SegCompass')} and the files beside it")
+    collector.finish()
+
+
+def _jobs(
+    sources: list[str], instructions: list[str], listing: Path | None
+) -> tuple[list[Job], list[Failure]]:
+    """The work that the arguments of `predict` stand for."""
+    from segcompass.apps import runs
+
+    if listing is not None:
+        if sources or instructions:
+            raise typer.BadParameter("--instructions names pictures itself: drop SOURCE and -i")
+        return runs.read_jobs(listing), []
+    if not sources or not instructions:
+        raise typer.BadParameter('say where to look and what for: predict SOURCE… -i "the red mug"')
+    return runs.pair_up(sources, instructions)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Folder of the data set.")],
+    split: Annotated[str, typer.Option(help="train, val, test, testA or testB.")],
+    model: Model = "nano",
+    layout: Annotated[
+        Layout | None, typer.Option(help="Default: found out from the files.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many samples.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for samples.jsonl and metrics.json; a later run goes on there."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 32,
+    control: Annotated[
+        Control | None, typer.Option(help="Give another picture's question, or another picture.")
+    ] = None,
+    force_format: Annotated[
+        bool, typer.Option("--force-format", help="Hold the answer to its form.")
+    ] = False,
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Measure a model on a data set, from its own chains of thought."""
+    from segcompass.evaluation.benchmark import evaluate
+
+    with console.progress("eval") as moved:
+        metrics = evaluate(
+            load(model, device, dtype, revision),
+            data,
+            split,
+            layout=layout and layout.value,
+            limit=limit,
+            out=out,
+            batch_size=batch_size,
+            control=control and control.value,
+            force_format=force_format,
+            progress=moved,
+        )
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        console.print_table(console.listing(metrics))
+
+
+@app.command()
+def train(
+    stage: Annotated[Stage, typer.Argument(help="What to train; all runs the four in order.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", exists=True, dir_okay=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Change one value of the config; repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")
+    ] = False,
+) -> None:
+    """Train one stage, or all of them, of what CONFIG.yaml describes."""
+    from segcompass.learning.train import run
+
+    run(stage.value, config, overrides or [], resume)
+
+
+@data.command("scenes")
+def scenes(
+    out: Annotated[Path, typer.Option(help="Folder to write; made if it is not there.")],
+    train: Annotated[int, typer.Option("--train", min=0, help="Pictures to train on.")] = 0,
+    val: Annotated[int, typer.Option("--val", min=0, help="Pictures to judge progress on.")] = 0,
+    test_a: Annotated[int, typer.Option("--testA", min=0, help="Pictures to test on.")] = 0,
+    test_b: Annotated[
+        int, typer.Option("--testB", min=0, help="Pictures with combinations never trained on.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: one for each core.")
+    ] = None,
+) -> None:
+    """Draw the procedural world, in the RefCOCO, gRefCOCO and ReasonSeg layouts."""
+    from segcompass.data.scenes.writer import write_scenes
+
+    counts = {"train": train, "val": val, "testA": test_a, "testB": test_b}
+    if not any(counts.values()):
+        raise typer.BadParameter(
+            "nothing to draw: give at least one of --train/--val/--testA/--testB"
+        )
+    write_scenes(out, counts, seed, workers=workers)
+    print(out)
+
+
+@app.command()
+def doctor(
+    preset: Annotated[
+        str | None, typer.Option(help="Describe the real parts of a preset: qwen2.5-vl-7b …")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine and this installation have."""
+    if preset is None:
+        from segcompass.apps.doctor import examine
+
+        facts = examine()
+    else:
+        from segcompass.reasoning.presets import describe
+
+        facts = describe(preset)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        console.print_table(console.listing(facts))
+
+
+def main() -> None:
+    """The ``segcompass`` command."""
+    app(prog_name="segcompass")

@@ -1,0 +1,65 @@
+"""What every test runs under: one thread a process, no network, reproducible examples."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: processes side by side, each with its own thread pool, slow each other
+# down several-fold on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "segcompass",
+    deadline=None,
+    max_examples=int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "25")),
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("segcompass")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse connections to other machines; processes on this one may talk (torch.distributed)."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        here = self.family == socket.AF_UNIX or address[0] in {"localhost", "127.0.0.1", "::1"}
+        if not here:
+            raise OSError(f"tests run offline, but something connects to {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of random parts around a Qwen2.5-VL; do not write to it."""
+    from tiny import tiny_model_folder
+
+    return tiny_model_folder(tmp_path_factory.mktemp("qwen") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of random parts around a LLaVA; do not write to it."""
+    from tiny import tiny_model_folder
+
+    return tiny_model_folder(tmp_path_factory.mktemp("llava") / "model", family="llava")
+
+
+@pytest.fixture(scope="session")
+def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few scenes of every split; do not write to it."""
+    from tiny import tiny_scenes
+
+    return tiny_scenes(tmp_path_factory.mktemp("scenes") / "scenes")
