@@ -63,3 +63,27 @@ def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_scenes
 
     return tiny_scenes(tmp_path_factory.mktemp("scenes") / "scenes")
+
+
+@pytest.fixture(scope="session", params=["qwen2_5_vl", "llava"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Both families of policies, one after the other."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def policy_folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain Hugging Face folder without concentration tokens; do not write to it."""
+    from tiny import write_policy
+
+    return write_policy(tmp_path_factory.mktemp(family) / "policy", family)
+
+
+@pytest.fixture(scope="session")
+def policy(family: str, policy_folder: Path) -> Any:
+    """The policy in that folder; do not change it."""
+    from tiny import policy_config
+
+    from segcompass.reasoning.loading import load_policy
+
+    return load_policy(policy_folder, policy_config(family, max_new_tokens=60))

@@ -18,6 +18,7 @@ from segcompass.geometry import (
     padding_mask,
     points_to_frame,
     points_to_image,
+    shrink,
     to_frame,
     token_boxes,
 )
@@ -205,3 +206,23 @@ def test_token_boxes_find_the_pixels_of_a_padded_square() -> None:
     x0, y0, x1, y1 = token_boxes((3, 3), (20, 60), fit="square")[5].astype(int)
     assert (image[y0:y1, x0:x1] == 10).all()
     assert (square[20:40, 40:60] == image[y0:y1, x0:x1]).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((3, 5), (3, 5)), ((8, 4), (8, 4)), ((20, 40), (4, 8)), ((1, 99), (1, 8))],
+)
+def test_shrinking_keeps_proportions(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    image = np.full((*size, 3), 7, np.uint8)
+    small = shrink(image, 8)
+    assert small.shape == (*expected, 3)
+    assert (small == 7).all()
+    assert (small is image) == (size == expected)
+
+
+@pytest.mark.parametrize("size", [(1, 300), (300, 1), (2, 900), (1, 1)])
+@pytest.mark.parametrize("grid", [8, 20, 64])
+def test_even_the_thinnest_image_is_not_all_padding(size: tuple[int, int], grid: int) -> None:
+    mask = padding_mask([Frame.fit(size, 160)], grid)
+    assert not mask[0, 0, 0]
+    assert (~mask).sum() >= grid

@@ -1,17 +1,20 @@
 """Tiny random checkpoints on disk, the way users have them, and a few scenes.
 
-The policies are plain Hugging Face folders of both families whose tokenizers know nothing of this
-project (no concentration tokens); their sizes are small, their structure is that of the real ones:
-untied embeddings, grouped keys, windowed vision layers, frames of two, spare rows in Qwen's
-vocabulary and none in LLaVA's.
+The policies are plain Hugging Face folders of both families whose tokenizers know nothing of the
+concentration tokens. Sizes are small, the structure is that of the real ones: untied embeddings,
+grouped keys, windowed vision layers, frames of two. Qwen's tokenizer is a byte-level BPE in which
+`<think>` takes several tokens, and its vocabulary has spare rows; LLaVA's falls back to bytes and
+holds `<think>` whole, and its vocabulary has to grow.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -32,8 +35,24 @@ from segcompass.model_folder import ModelConfig, build_interface, save_model
 from segcompass.reasoning.from_scratch import build_tokenizer
 from segcompass.reasoning.loading import load_policy
 from segcompass.reasoning.policy import PolicyConfig
-from segcompass.reasoning.prompts import LLAVA_TEMPLATE, QWEN_TEMPLATE, PromptConfig
+from segcompass.reasoning.prompts import (
+    LLAVA_TEMPLATE,
+    NANO_TEMPLATE,
+    QWEN_TEMPLATE,
+    Prompt,
+    PromptConfig,
+    concentration_tokens,
+)
 
+QWEN_CONTROL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 WIDTH, LAYERS, HEADS, LATENTS = 32, 3, 4, 64
 TEXTS = (
     "Segment everything one could drink from, please.",
@@ -42,16 +61,56 @@ TEXTS = (
 )
 
 
-def tiny_tokenizer(*control: str) -> PreTrainedTokenizerFast:
-    """A tokenizer without concentration tokens, as an instruct model brings it."""
+def llava_tokenizer() -> PreTrainedTokenizerFast:
+    """Pieces with byte fallback, and LLaVA's control tokens."""
     tokenizer = build_tokenizer(TEXTS, vocabulary=420, slots=0)
-    tokenizer.add_tokens(list(control), special_tokens=True)
+    tokenizer.add_tokens(["<s>", "<image>"], special_tokens=True)
     return tokenizer
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with Qwen's control tokens; `<tool_call>` is one that is not "special"."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    raw.train_from_iterator([*TEXTS, "<think> a </think>\n\n"], trainer)
+    raw.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in QWEN_CONTROL])
+    raw.add_tokens([AddedToken("<tool_call>", normalized=False, special=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+    )
+
+
+@cache
+def prompt_of(kind: str, slots: int = 6, limit: int = 600) -> Prompt:
+    """Prompts for the tokenizer of "qwen", "llava" or "nano", concentration tokens added."""
+    template = {"qwen": QWEN_TEMPLATE, "llava": LLAVA_TEMPLATE, "nano": NANO_TEMPLATE}[kind]
+    if kind == "nano":
+        tokenizer = build_tokenizer(TEXTS, 420, slots)
+    else:
+        tokenizer = qwen_tokenizer() if kind == "qwen" else llava_tokenizer()
+        tokenizer.add_tokens(concentration_tokens(slots), special_tokens=True)
+    image = tokenizer.convert_tokens_to_ids("<image>" if kind == "llava" else "<|image_pad|>")
+    config = PromptConfig(template=template, slots=slots, max_instruction_tokens=limit)
+    return Prompt(config, tokenizer, image, tokenizer.eos_token_id)
+
+
+def write_policy(folder: Path, family: str, seed: int = 0, **text: Any) -> Path:
+    """A plain Hugging Face folder of either family."""
+    write = tiny_qwen_policy if family == "qwen2_5_vl" else tiny_llava_policy
+    return write(folder, seed, **text)
 
 
 def tiny_qwen_policy(folder: Path, seed: int = 0, **text: Any) -> Path:
     """A Qwen2.5-VL folder; ``text`` changes the language model's config."""
-    tokenizer = tiny_tokenizer("<|vision_start|>", "<|vision_end|>")
+    tokenizer = qwen_tokenizer()
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
@@ -94,7 +153,7 @@ def tiny_qwen_policy(folder: Path, seed: int = 0, **text: Any) -> Path:
 
 def tiny_llava_policy(folder: Path, seed: int = 0, **text: Any) -> Path:
     """A LLaVA-1.5 folder: CLIP and Llama; ``text`` changes the language model's config."""
-    tokenizer = tiny_tokenizer("<image>")
+    tokenizer = llava_tokenizer()
     config = LlavaConfig(
         text_config={
             "model_type": "llama",
@@ -186,8 +245,7 @@ def tiny_model_folder(
     folder: Path, family: str = "qwen2_5_vl", seed: int = 0, **changes: Any
 ) -> Path:
     """A complete model folder of random parts; ``changes`` go to :func:`policy_config`."""
-    write = tiny_qwen_policy if family == "qwen2_5_vl" else tiny_llava_policy
-    plain = write(folder.with_name(f"{folder.name}-policy"), seed)
+    plain = write_policy(folder.with_name(f"{folder.name}-policy"), family, seed)
     config = ModelConfig(
         name=f"tiny-{family}",
         policy=policy_config(family, **changes),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -58,16 +57,18 @@ def load_model(
     policy = load_policy(folder / "policy", config.policy, dtype=kind)
     sam = load_segmenter(folder / "segmenter")
     sae = _load_sae(folder / "sae")
-    interface = build_interface(config, policy, sam, sae)
+    try:
+        interface = build_interface(config, policy, sam, sae)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: the parts do not fit together: {error}") from error
     checkpoints.load_module(interface.head, folder / checkpoints.PARTS["head"])
-    fingerprint = "-".join(binding["parts"][part][:12] for part in sorted(binding["parts"]))
     model = SegCompass(
         policy,
         ImageEncoder(sam),
         interface,
         threshold=config.threshold,
         name=config.name,
-        fingerprint=fingerprint,
+        fingerprint=checkpoints.fingerprint(binding),
     )
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
@@ -110,7 +111,10 @@ def load_segmenter(source: str | Path) -> SamModel:
         return SamModel(sam_config(str(source)))
     try:
         config = SamConfig.from_pretrained(source)
-        sam, report = SamModel.from_pretrained(source, config=config, output_loading_info=True)
+        loaded: Any = SamModel.from_pretrained(
+            source, config=config, output_loading_info=True, use_safetensors=True
+        )
+        sam, report = loaded
     except Exception as error:
         raise CheckpointError(
             f"{source} is no usable segmenter folder ({type(error).__name__}: {error}); "
@@ -119,7 +123,8 @@ def load_segmenter(source: str | Path) -> SamModel:
     odd = {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}
     if odd:
         raise CheckpointError(
-            f"{source}: the weights do not fit the config, first difference {sorted(map(str, odd))[0]}"
+            f"{source}: the weights do not fit the config, first difference "
+            f"{sorted(map(str, odd))[0]}; get a complete copy of the checkpoint"
         )
     assert isinstance(sam, SamModel)
     return sam
@@ -151,7 +156,7 @@ def save_model(
         "transformers": transformers.__version__,
     }
     checkpoints.write_binding(partial, config.model_dump(mode="json"), versions)
-    os.chmod(partial, 0o755)
+    partial.chmod(0o755)
     checkpoints.replace_folder(partial, folder)
 
 

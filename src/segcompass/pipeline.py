@@ -103,8 +103,12 @@ class SegCompass(nn.Module):
 
         Raises:
             ImageError: if a picture cannot be read.
-            ValueError: if an instruction is empty or too long, or the counts differ.
+            ValueError: if an instruction is empty or too long, the counts differ, or a setting
+                is out of range.
         """
+        cut = self.threshold if threshold is None else threshold
+        if not 0 <= cut <= 1:
+            raise ValueError(f"the threshold is a confidence in [0, 1], got {cut}")
         clock = _Clock()
         pictures = [load_image(image) for image in images]
         visuals = [self.policy.backbone.prepare(picture) for picture in pictures]
@@ -128,7 +132,6 @@ class SegCompass(nn.Module):
         low_res = self.interface.decode(keys, alignment.slots, frames=frames)
         clock.lap("masks")
 
-        cut = self.threshold if threshold is None else threshold
         timings = {stage: seconds / len(pictures) for stage, seconds in clock.laps.items()}
         return [
             self._prediction(

@@ -337,7 +337,7 @@ def test_data_scenes_hands_on_its_counts(tmp_path: Path, install: Install) -> No
 def test_doctor(install: Install) -> None:
     facts = json.loads(run.invoke(app, ["doctor", "--json"]).stdout)
     assert {"torch", "device", "threads", "bundled nano"} <= set(facts)
-    install("segcompass.reasoning.presets", describe=lambda preset: {"policy": {"D": 3584}})
+    install("segcompass.presets", describe=lambda preset: {"policy": {"D": 3584}})
     assert "3,584" in run.invoke(app, ["doctor", "--preset", "qwen2.5-vl-7b"]).stdout
 
 

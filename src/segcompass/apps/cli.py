@@ -11,13 +11,14 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from segcompass import __version__
 from segcompass.apps import console
 from segcompass.apps.console import CommandGroup
+from segcompass.io.progress import progress
 
 if TYPE_CHECKING:
     from segcompass.apps.runs import Failure, Job
@@ -37,7 +38,9 @@ app.add_typer(data, name="data")
 
 Model = Annotated[str, typer.Option(help="nano (bundled), a model folder, or a hub id.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: what is there.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 …; default: the checkpoint's.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="The policy's precision: float32 (default), bfloat16 …")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 Threshold = Annotated[
@@ -226,7 +229,7 @@ def evaluate(
     """Measure a model on a data set, from its own chains of thought."""
     from segcompass.evaluation.benchmark import evaluate
 
-    with console.progress("eval") as moved:
+    with progress("eval") as moved:
         metrics = evaluate(
             load(model, device, dtype, revision),
             data,
@@ -266,11 +269,13 @@ def train(
 @data.command("scenes")
 def scenes(
     out: Annotated[Path, typer.Option(help="Folder to write; made if it is not there.")],
-    train: Annotated[int, typer.Option("--train", min=0, help="Pictures to train on.")] = 0,
-    val: Annotated[int, typer.Option("--val", min=0, help="Pictures to judge progress on.")] = 0,
-    test_a: Annotated[int, typer.Option("--testA", min=0, help="Pictures to test on.")] = 0,
+    train: Annotated[
+        int, typer.Option("--train", min=0, help="Questions to train on; three about each picture.")
+    ] = 0,
+    val: Annotated[int, typer.Option("--val", min=0, help="Questions to judge progress on.")] = 0,
+    test_a: Annotated[int, typer.Option("--testA", min=0, help="Questions to test on.")] = 0,
     test_b: Annotated[
-        int, typer.Option("--testB", min=0, help="Pictures with combinations never trained on.")
+        int, typer.Option("--testB", min=0, help="Questions about combinations never trained on.")
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     workers: Annotated[
@@ -285,7 +290,8 @@ def scenes(
         raise typer.BadParameter(
             "nothing to draw: give at least one of --train/--val/--testA/--testB"
         )
-    write_scenes(out, counts, seed, workers=workers)
+    with progress("pictures") as update:
+        write_scenes(out, counts, seed, workers=workers, progress=update)
     print(out)
 
 
@@ -300,15 +306,17 @@ def doctor(
     if preset is None:
         from segcompass.apps.doctor import examine
 
-        facts = examine()
+        facts: dict[str, Any] = dict(examine())
     else:
-        from segcompass.reasoning.presets import describe
+        from segcompass.presets import describe
 
         facts = describe(preset)
     if as_json:
         print(json.dumps(facts))
-    else:
-        console.print_table(console.listing(facts))
+        return
+    parts = facts.pop("parameters", {})
+    console.print_table(console.listing(facts))
+    console.print_table([{"part": part, **console.row(count)} for part, count in parts.items()])
 
 
 def main() -> None:

@@ -6,8 +6,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -95,6 +94,11 @@ def listing(facts: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def row(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Flat facts as one row of a table."""
+    return {name: _shown(value) for name, value in facts.items()}
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
@@ -111,24 +115,3 @@ def note(text: str) -> None:
     """Tell a person at a terminal; silent otherwise."""
     if sys.stderr.isatty():
         print(text, file=sys.stderr)
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, moved by calling ``(done, total)``; silent when stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

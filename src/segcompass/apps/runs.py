@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segcompass.apps import console
 from segcompass.io.assets import MissingAssetError, bundled
 from segcompass.io.errors import DataError, SegCompassError
+from segcompass.io.progress import progress
 
 if TYPE_CHECKING:
     from segcompass.pipeline import SegCompass
@@ -124,7 +124,7 @@ def work_off(
     **options: Any,
 ) -> None:
     """Predict every job with a progress bar, handing each result on as soon as it is there."""
-    with console.progress("predict") as moved:
+    with progress("predict") as moved:
         for done, result in enumerate(predict_jobs(model, jobs, **options), start=1):
             take(result)
             moved(done, len(jobs))

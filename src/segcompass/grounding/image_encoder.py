@@ -148,18 +148,18 @@ class ImageEncoder(nn.Module):
         stacked = np.stack(
             [to_frame(image, frame) for image, frame in zip(images, frames, strict=True)]
         )
-        pixels = self.normalise(stacked)
+        return self.normalise(stacked, frames), frames
+
+    def normalise(
+        self, framed: UInt8[np.ndarray, "B side side 3"], frames: Sequence[Frame]
+    ) -> Float[Tensor, "B 3 side side"]:
+        """Framed pictures (``to_frame``) as the encoder takes them, zero on the padding."""
+        pixels = torch.from_numpy(framed).to(self.mean.device).permute(0, 3, 1, 2)
+        pixels = (pixels.to(self.mean.dtype) - self.mean) / self.std
         for row, frame in zip(pixels, frames, strict=True):
             row[:, frame.scaled_hw[0] :] = 0
             row[:, :, frame.scaled_hw[1] :] = 0
-        return pixels, frames
-
-    def normalise(
-        self, frames: UInt8[np.ndarray, "B side side 3"]
-    ) -> Float[Tensor, "B 3 side side"]:
-        """Framed pictures as the encoder takes them; padding is not blanked."""
-        pixels = torch.from_numpy(frames).to(self.mean.device).permute(0, 3, 1, 2)
-        return (pixels.to(self.mean.dtype) - self.mean) / self.std
+        return pixels
 
     def forward(self, pixels: Float[Tensor, "B 3 side side"]) -> Float[Tensor, "B C h w"]:
         """Encode preprocessed pixels into image keys; raises ValueError for another size."""

@@ -1,6 +1,6 @@
 """The model folder: every part in its own ecosystem's format, and one file that binds them.
 
-segcompass.json      resolved config, hashes of the parts, versions
+segcompass.json      resolved config, hashes of the parts' files, versions
 policy/              plain Hugging Face folder
 segmenter/           plain Hugging Face SamModel folder
 sae/                 SAELens layout
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ PARTS = {
     "sae": "sae/sae_weights.safetensors",
     "head": "head.safetensors",
 }
+_BOUND = {".safetensors", ".json", ".txt", ".model", ".jinja"}
 
 
 def file_hash(path: Path) -> str:
@@ -43,18 +43,21 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def part_hashes(folder: Path) -> dict[str, str]:
-    """Hash of every part's weights; sharded weights are hashed shard by shard."""
-    hashes = {}
-    for part, name in PARTS.items():
+def part_files(folder: Path) -> list[str]:
+    """The files of all parts that decide what the model does, relative to ``folder``.
+
+    Raises:
+        CheckpointError: if a part has no weights; those may be sharded.
+    """
+    files = []
+    for name in PARTS.values():
         path = folder / name
-        files = [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))
-        if not files:
+        if not path.exists() and not list(path.parent.glob(f"{path.stem}-*{path.suffix}")):
             raise CheckpointError(
                 f"{path} is missing; a model folder holds {', '.join(PARTS.values())} and {BINDING}"
             )
-        hashes[part] = "+".join(file_hash(file) for file in files)
-    return hashes
+        files += [path] if path.parent == folder else list(path.parent.iterdir())
+    return sorted(f.relative_to(folder).as_posix() for f in files if f.suffix in _BOUND)
 
 
 def write_binding(folder: Path, config: Mapping[str, Any], versions: Mapping[str, str]) -> None:
@@ -62,7 +65,7 @@ def write_binding(folder: Path, config: Mapping[str, Any], versions: Mapping[str
     content = {
         "format": FORMAT,
         "config": config,
-        "parts": part_hashes(folder),
+        "files": {name: file_hash(folder / name) for name in part_files(folder)},
         "versions": dict(versions),
     }
     (folder / BINDING).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -87,17 +90,35 @@ def read_binding(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT!r}")
-    for key in ("config", "parts"):
+    for key in ("config", "files"):
         if not isinstance(content.get(key), dict):
             raise CheckpointError(f"{path} has no {key!r} section; get a fresh copy")
-    found = part_hashes(folder)
-    for part, expected in content["parts"].items():
-        if found.get(part) != expected:
-            raise CheckpointError(
-                f"{folder / PARTS.get(part, part)} is not the {part} that this model was saved with "
-                "(damaged, truncated, or from another model); get a complete copy of the folder"
-            )
+    _check_files(folder, content["files"])
     return content
+
+
+def fingerprint(binding: Mapping[str, Any]) -> str:
+    """A short name for exactly this model: its files and its config."""
+    content = json.dumps([binding["config"], binding["files"]], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _check_files(folder: Path, expected: Mapping[str, Any]) -> None:
+    """Refuse files that are missing, changed, or were not there when the model was saved."""
+    found = part_files(folder)
+    for name in sorted({*found, *expected}):
+        if name not in found:
+            problem = "is missing"
+        elif name not in expected:
+            problem = "does not belong to this model"
+        elif file_hash(folder / name) != expected[name]:
+            problem = (
+                "is not the file that this model was saved with (damaged, truncated, or from "
+                "another model)"
+            )
+        else:
+            continue
+        raise CheckpointError(f"{folder / name} {problem}; get a complete copy of the folder")
 
 
 def save_module(module: nn.Module, path: Path) -> None:
@@ -136,7 +157,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an older one."""
+    """Put a finished folder in the place of an older one, which is whole until that moment."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+        folder.replace(old)
+    partial.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)

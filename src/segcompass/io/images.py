@@ -153,7 +153,7 @@ def _from_encoded(file: IO[bytes], name: str, max_pixels: int) -> UInt8Array:
         return _from_pillow(image, name, max_pixels)
 
 
-def _unidentified(head: bytes, name: str) -> ImageError:
+def _unidentified(head: bytes, name: str) -> ImageError | UnsafeFileError:
     """Tell a format that is not allowed from a file that is no picture, by its first bytes."""
     allowed = f"allowed are {', '.join(FORMATS)}"
     if not head:

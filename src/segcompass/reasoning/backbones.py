@@ -48,6 +48,10 @@ class Backbone(Protocol):
     def final_norm(self) -> nn.Module: ...
 
     @property
+    def vision(self) -> nn.Module:
+        """Everything that turns pixels into image features."""
+
+    @property
     def image_token_id(self) -> int: ...
 
     @property
@@ -118,6 +122,12 @@ class _Base:
 class QwenBackbone(_Base):
     """Qwen2.5-VL: native aspect ratio, merged patches, 3-D positions."""
 
+    @property
+    def vision(self) -> nn.Module:
+        tower = self.model.model.visual
+        assert isinstance(tower, nn.Module)
+        return tower
+
     def _fit(self, image: np.ndarray) -> Literal["square", "stretch"]:
         short, long = sorted(image.shape[:2])
         return "square" if self.pad_square or long > _MAX_STRETCH * short else "stretch"
@@ -167,6 +177,11 @@ class LlavaBackbone(_Base):
                 "vision_feature_select_strategy to default"
             )
         super().__init__(model, image_processor, pad_square)
+
+    @property
+    def vision(self) -> nn.Module:
+        inner = self.model.model
+        return nn.ModuleList([inner.vision_tower, inner.multi_modal_projector])
 
     def prepare(self, image: np.ndarray) -> VisualInput:
         framed = self._framed(image)

@@ -33,9 +33,9 @@ class ForcedForm(LogitsProcessor):
         if self.thought_limit < len(prompt.open_ids):
             needed = len(prompt.open_ids) + len(self.ending) + 1
             raise ValueError(
-                f"max_new_tokens {max_new_tokens} leaves no room for an answer; give at least {needed}"
+                f"max_new_tokens {max_new_tokens} leaves no room for an answer; "
+                f"give at least {needed}"
             )
-        self.known = 1 + max(prompt.tokenizer.get_vocab().values())  # models may have spare rows
         self.never = sorted({*prompt.control_ids, *prompt.slot_ids, prompt.eos_token_id})
         if len(prompt.close_ids) == 1:
             self.never = [token for token in self.never if token != prompt.close_ids[0]]
@@ -50,7 +50,7 @@ class ForcedForm(LogitsProcessor):
             self.queues = [list(self.prompt.open_ids) for _ in input_ids]
             self.closing = [False for _ in input_ids]
         scores = scores.clone()
-        scores[:, self.known :] = -torch.inf
+        scores[:, self.prompt.vocabulary :] = -torch.inf
         scores[:, self.never] = -torch.inf
         for row, answer in enumerate(input_ids[:, self.start :].tolist()):
             tail = self.prompt.decode(answer[-_TAIL:])

@@ -85,7 +85,7 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int, slots: int) -> PreTra
         ]
     )
     raw.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=raw,
         eos_token="<|end|>",
         pad_token="<|pad|>",
@@ -142,8 +142,8 @@ def build_model(
         "out_hidden_size": config.width,
         "fullatt_block_indexes": list(range(config.vision_layers)),
     }
-    ids = dict(zip(CONTROL, tokenizer.convert_tokens_to_ids(list(CONTROL)), strict=True))
-    full = Qwen2_5_VLConfig(
+    ids = dict(zip(CONTROL, tokenizer.convert_tokens_to_ids(list(CONTROL)), strict=True))  # type: ignore[arg-type]
+    full = Qwen2_5_VLConfig(  # type: ignore[call-arg]
         text_config=text,
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
@@ -155,6 +155,8 @@ def build_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2_5_VLForConditionalGeneration._from_config(full, attn_implementation="eager")
+    model = Qwen2_5_VLForConditionalGeneration._from_config(  # type: ignore[no-untyped-call]
+        full, attn_implementation="eager"
+    )
     assert isinstance(model, Qwen2_5_VLForConditionalGeneration)
     return model

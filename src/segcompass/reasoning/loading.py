@@ -21,7 +21,10 @@ from segcompass.reasoning.from_scratch import (
 from segcompass.reasoning.policy import Policy, PolicyConfig
 from segcompass.reasoning.prompts import concentration_tokens
 
-_IMAGE_PROCESSORS = {"qwen2_5_vl": Qwen2VLImageProcessorPil, "llava": CLIPImageProcessorPil}
+_IMAGE_PROCESSORS: dict[str, Any] = {
+    "qwen2_5_vl": Qwen2VLImageProcessorPil,
+    "llava": CLIPImageProcessorPil,
+}
 
 
 def load_policy(
@@ -48,9 +51,10 @@ def load_policy(
         model_class, backbone_class = FAMILIES[family]
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         processor = _IMAGE_PROCESSORS[family].from_pretrained(source, **options)
-        model, report = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             source, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
         )
+        model, report = loaded
     except CheckpointError:
         raise
     except Exception as error:
@@ -67,7 +71,7 @@ def load_policy(
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise CheckpointError(f"{source}: the tokenizer has no padding or no end-of-text token")
     # The checkpoint's own habits (beams, penalties, …) would change how answers are decoded.
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     _add_concentration_tokens(model, tokenizer, config.prompt.slots)
@@ -92,7 +96,9 @@ def save_policy(policy: Policy, folder: Path, dtype: torch.dtype | None = None) 
     """Write model, tokenizer and image processor, openable by transformers alone."""
     state = policy.model.state_dict()
     if dtype is not None:
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        # Tied parameters must stay one tensor, or they would be written twice.
+        cast = {v.data_ptr(): v.to(dtype) for v in state.values() if v.is_floating_point()}
+        state = {name: cast.get(v.data_ptr(), v) for name, v in state.items()}
     policy.model.save_pretrained(folder, state_dict=state)
     policy.tokenizer.save_pretrained(folder)
     policy.backbone.image_processor.save_pretrained(folder)

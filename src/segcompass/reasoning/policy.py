@@ -97,7 +97,7 @@ class Policy(nn.Module):
                 f"sae_layer {config.sae_layer} does not exist; "
                 f"the policy has layers 0 to {len(backbone.layers) - 1}"
             )
-        self.model = backbone.model
+        self.model: Any = backbone.model  # transformers' own annotations say too little
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.config = config
@@ -134,8 +134,8 @@ class Policy(nn.Module):
         told = len(instructions if thoughts is None else thoughts)
         if not len(visuals) == len(instructions) == told > 0:
             raise ValueError(
-                f"got {len(visuals)} pictures, {len(instructions)} instructions and {told} answers; "
-                "give one of each for every row, and at least one row"
+                f"got {len(visuals)} pictures, {len(instructions)} instructions and {told} "
+                "answers; give one of each for every row, and at least one row"
             )
         rows: list[EncodedPrompt] = []
         for i, (visual, instruction) in enumerate(zip(visuals, instructions, strict=True)):
@@ -249,7 +249,7 @@ class Policy(nn.Module):
 
     def _generation_config(self, temperature: float, limit: int) -> GenerationConfig:
         untruncated = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-        return GenerationConfig(
+        return GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=limit,
             do_sample=temperature > 0,
             **(untruncated if temperature > 0 else {}),
@@ -295,7 +295,6 @@ class Policy(nn.Module):
         counted = is_slot.sum(1) == self.slots
         well_formed = counted if well_formed is None else well_formed & counted
         slots = final.new_zeros(len(final), self.slots, final.shape[-1])
-        slots[well_formed] = final[well_formed][is_slot[well_formed]].unflatten(
-            0, (int(well_formed.sum()), self.slots)
-        )
+        states = final[well_formed][is_slot[well_formed]]
+        slots[well_formed] = states.reshape(-1, self.slots, final.shape[-1])
         return ReasoningBatch(sequences.ids, sequences.kinds.clone(), sae, slots, well_formed)

@@ -5,7 +5,7 @@ An answer is well-formed when it reads
     <think> chain of thought </think> <|slot_1|><|slot_2|>…<|slot_K|> end-of-text
 
 with exactly K concentration tokens in a row, found by id in the generated part only. The user's
-instruction is data: it is tokenised apart and spliced in, so a control token typed in it stays text.
+instruction is data: it is tokenised apart and spliced in; a control token typed in it stays text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class PromptConfig(BaseModel, frozen=True, extra="forbid"):
     def _has_both_places(cls, value: str) -> str:
         if value.count(IMAGE_SLOT) != 1 or value.count(INSTRUCTION_SLOT) != 1:
             raise ValueError(
-                f"the prompt template must hold {IMAGE_SLOT} and {INSTRUCTION_SLOT} once each, got {value!r}"
+                f"the prompt template must hold {IMAGE_SLOT} and {INSTRUCTION_SLOT} once each, "
+                f"got {value!r}"
             )
         return value
 
@@ -69,8 +70,6 @@ class Tokenizer(Protocol):
     ) -> list[int]: ...
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
-
-    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
 
 
 def concentration_tokens(slots: int) -> list[str]:
@@ -112,12 +111,14 @@ class Prompt:
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.eos_token_id = eos_token_id
-        self.slot_ids = tokenizer.convert_tokens_to_ids(concentration_tokens(config.slots))
-        if len(set(self.slot_ids)) != config.slots or None in self.slot_ids:
+        known = tokenizer.get_vocab()
+        missing = [t for t in concentration_tokens(config.slots) if t not in known]
+        if missing:
             raise ValueError(
-                f"the tokenizer does not know the {config.slots} concentration tokens "
-                f"{concentration_tokens(config.slots)}; add them before building prompts"
+                f"the tokenizer does not know the concentration tokens {missing}; "
+                "add them before building prompts"
             )
+        self.slot_ids = [known[token] for token in concentration_tokens(config.slots)]
         template = config.template.replace(
             "{concentration}", "".join(concentration_tokens(config.slots))
         )
@@ -205,6 +206,11 @@ class Prompt:
     def decode(self, ids: Sequence[int]) -> str:
         """Tokens to text, control tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Ids from here on mean nothing; models may have spare rows."""
+        return 1 + max(self.tokenizer.get_vocab().values())
 
     @cached_property
     def mark_endings(self) -> list[tuple[int, str]]:

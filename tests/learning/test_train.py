@@ -1,0 +1,186 @@
+"""Whole runs on a tiny config: from nothing to a model, killed and resumed, and from a LLaVA."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipes import STEPS, stage, write_config, write_llava_config
+from safetensors.torch import load_file
+
+from segcompass import SegCompass
+from segcompass.data.samples import read_dataset
+from segcompass.io.errors import ConfigError
+from segcompass.learning import train
+from segcompass.learning.loop import Loop
+from segcompass.types import Status
+
+LOOPS = ("segmenter", "warmup-vision", "warmup-language", "sae", "joint")
+MODEL_PARTS = (
+    "policy/model.safetensors",
+    "segmenter/model.safetensors",
+    "sae/sae_weights.safetensors",
+    "head.safetensors",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path) -> Path:
+    """The config of a run that was never interrupted; do not write to its folder."""
+    path = write_config(tmp_path_factory.mktemp("finished"), scenes_root)
+    assert train.run("all", path, [], resume=False) == path.parent / "run/model"
+    return path
+
+
+def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {part: load_file(folder / part) for part in MODEL_PARTS}
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    a, b = weights(left), weights(right)
+    for part in MODEL_PARTS:
+        assert a[part].keys() == b[part].keys()
+        differing = [name for name in a[part] if not torch.equal(a[part][name], b[part][name])]
+        assert not differing, f"{part}: {differing[:3]}"
+
+
+def log_of(run: Path, name: str) -> list[dict[str, Any]]:
+    lines = (run / "stages" / name / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_from_nothing_ends_with_a_model_that_predicts(
+    finished: Path, scenes_root: Path
+) -> None:
+    model = SegCompass.from_pretrained(finished.parent / "run/model", device="cpu")
+    sample = read_dataset(scenes_root, "val")[0]
+    result = model.predict(sample.image_path, sample.instruction)
+    assert result.status in {Status.OK, Status.NO_TARGET}  # the answer's form is forced
+    assert result.slot_masks.shape == (6, *sample.image_hw)
+    assert model.name == "run"
+
+
+def test_every_stage_logs_every_step_once_and_the_config_is_kept(finished: Path) -> None:
+    run = finished.parent / "run"
+    for name in LOOPS:
+        assert [row["step"] for row in log_of(run, name)] == list(range(1, STEPS + 1)), name
+    config = json.loads((run / "config.json").read_text())
+    assert config["train_joint"]["conf_weight"] == 0.2  # defaults are resolved
+    assert config["policy"]["scratch"]["width"] == 32
+
+
+def test_a_run_killed_in_every_stage_equals_one_that_was_not(
+    finished: Path, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config(tmp_path, scenes_root)
+    take_step = Loop._one_step
+
+    def killer(name: str) -> Any:
+        def one_step(loop: Loop, losses: Any) -> Any:
+            if loop.folder.name == name and loop.step == STEPS - 1:
+                raise RuntimeError(f"killed in {name}")
+            return take_step(loop, losses)
+
+        return one_step
+
+    for number, name in enumerate(LOOPS):
+        monkeypatch.setattr(Loop, "_one_step", killer(name))
+        with pytest.raises(RuntimeError, match=f"killed in {name}"):
+            train.run("all", path, [], resume=number > 0)
+    monkeypatch.setattr(Loop, "_one_step", take_step)
+    train.run("all", path, [], resume=True)
+    assert_same_weights(tmp_path / "run/model", finished.parent / "run/model")
+    for name in LOOPS:
+        assert [row["step"] for row in log_of(tmp_path / "run", name)] == [*range(1, STEPS + 1)]
+        alone = [row["loss"] for row in log_of(finished.parent / "run", name)]
+        assert [row["loss"] for row in log_of(tmp_path / "run", name)] == alone
+
+
+def test_what_a_kill_left_half_written_does_not_reach_the_model(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.parent / "run", run)
+    for name in ("segmenter", "policy", "sae"):
+        partial = run / f".{name}.partial"
+        partial.mkdir()
+        (partial / "left-over.safetensors").write_bytes(b"half")
+    train.run("all", finished, [f"run={run}"], resume=True)
+    assert_same_weights(run / "model", finished.parent / "run/model")
+    assert not list(run.rglob("left-over.safetensors"))
+
+
+def test_an_earlier_run_is_not_overwritten(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    (run / "stages/joint").mkdir(parents=True)
+    shutil.copy(finished.parent / "run/stages/joint/state.safetensors", run / "stages/joint")
+    (run / "config.json").write_text("the earlier run's")
+    monkeypatch.setitem(train.STAGES, "segmenter", lambda _: pytest.fail("a stage was begun"))
+    with pytest.raises(ConfigError, match=r"joint.state\.safetensors is from an earlier run.*--res"):
+        train.run("all", finished, [f"run={run}"], resume=False)
+    assert (run / "config.json").read_text() == "the earlier run's"
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing"), [("sae", "warmup"), ("joint", "warmup"), ("nonsense", None)]
+)
+def test_a_stage_names_the_one_it_needs(
+    asked: str, missing: str | None, finished: Path, tmp_path: Path
+) -> None:
+    way_out = f"train {missing}" if missing else "segmenter, warmup, sae, joint, all"
+    with pytest.raises(ConfigError, match=way_out):
+        train.run(asked, finished, [f"run={tmp_path / 'new'}"], resume=False)
+
+
+def test_the_vision_stage_refuses_a_policy_with_another_map(
+    scenes_root: Path, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, scenes_root)
+    with pytest.raises(ConfigError, match=r"8x8 map .* makes 4x4"):
+        train.run("warmup", path, ["policy.scratch.patch=8"], resume=False)
+
+
+def test_limit_and_layout_of_the_data_are_used(scenes_root: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, scenes_root)
+    config = train.load_config(path, ["data.limit=3", "data.layout=refcoco"])
+    samples = train.read_samples(config.data)
+    assert samples == read_dataset(scenes_root, "train", layout="refcoco")[:3]
+    assert len(samples) == 3
+
+
+def test_a_llava_goes_the_same_way(scenes_root: Path, tmp_path: Path) -> None:
+    """One joint step moves what comes after the SAE layer, and nothing before it."""
+    path = write_llava_config(tmp_path, scenes_root)
+    train.run("all", path, [], resume=False)
+    run = tmp_path / "run"
+    after = weights(run / "model")
+    before = {part: load_file(run / part) for part in MODEL_PARTS if part != "head.safetensors"}
+    moved = {
+        name
+        for part in before
+        for name in before[part]
+        if not torch.equal(before[part][name], after[part][name])
+    }
+    assert before["policy/model.safetensors"].keys() == after["policy/model.safetensors"].keys()
+    trained = ("model.layers.2.", "model.norm.", "prompt_encoder.mask_embed.")
+    assert {n for n in moved if not n.startswith("mask_decoder.")} == {
+        name for part in before for name in before[part] if any(t in name for t in trained)
+    }
+    assert any(n.startswith("mask_decoder.transformer") for n in moved)
+
+
+def test_a_llava_learns_to_answer(scenes_root: Path, tmp_path: Path) -> None:
+    path = write_llava_config(tmp_path, scenes_root, train_language=stage(1))
+    train.run("warmup", path, [], resume=False)
+    before = load_file(tmp_path / "llava/model.safetensors")
+    after = load_file(tmp_path / "run/policy/model.safetensors")
+    moved = {n for n in before if n in after and before[n].shape == after[n].shape}
+    moved = {n for n in moved if not torch.equal(before[n], after[n])}
+    assert any("language_model" in n for n in moved)
+    assert not any("vision_tower" in n or "projector" in n for n in moved)
