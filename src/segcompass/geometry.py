@@ -155,7 +155,7 @@ def masks_to_grid(
 def padding_mask(
     frames: Sequence[Frame], grid: int, device: torch.device | None = None
 ) -> Bool[Tensor, "B grid grid"]:
-    """Cells of a grid over the frame whose centre lies in the padding.
+    """Cells of a grid over the frame whose centre lies in the padding, never all of them.
 
     Args:
         frames: one for each image of the batch.
@@ -166,6 +166,7 @@ def padding_mask(
     scaled = torch.tensor([frame.scaled_hw for frame in frames], dtype=torch.float32, device=device)
     centres = (torch.arange(grid, device=device) + 0.5) / grid
     beyond = centres * sides.view(-1, 1, 1) > scaled.view(-1, 2, 1)  # (B, 2, grid): y, then x
+    beyond[..., 0] = False  # however thin the image, some cell shows it
     return beyond[:, 0, :, None] | beyond[:, 1, None, :]
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from segcompass.interfaces.concept_slots import HeadConfig
 from segcompass.io.errors import ConfigError
-from segcompass.learning.loop import OptimizerConfig
+from segcompass.learning.optimizer import OptimizerConfig
 from segcompass.reasoning.from_scratch import ScratchConfig
 from segcompass.reasoning.policy import PolicyConfig
 
@@ -78,6 +78,15 @@ class SaeStage(OptimizerConfig, frozen=True):
     samples: int = Field(2_000, ge=1, description="sequences whose tokens fill the buffer")
 
 
+class Multipliers(_Model):
+    """Factors of the learning rate, by trained part."""
+
+    policy: float = Field(1.0, ge=0)
+    codebook: float = Field(1.0, ge=0)
+    head: float = Field(1.0, ge=0)
+    decoder: float = Field(1.0, ge=0)
+
+
 class JointStage(OptimizerConfig, frozen=True):
     """Segmentation and confidence losses of Eq. 6."""
 
@@ -86,9 +95,10 @@ class JointStage(OptimizerConfig, frozen=True):
     dice_weight: float = Field(0.6, description="lambda_d")
     heatmap_dice_weight: float = Field(0.0, description="dice on the heatmaps; not in Eq. 6")
     group: int = Field(16, ge=1, description="batches that are sorted by length together")
+    samples: int | None = Field(None, ge=1, description="only the first so many samples")
     language_weight: float = Field(0.0, description="cross-entropy of the oracle's answer")
     train_upper_layers: bool = Field(True, description="the policy's layers after the SAE layer")
-    multipliers: dict[str, float] = {"policy": 1.0, "codebook": 1.0, "head": 1.0, "decoder": 1.0}
+    multipliers: Multipliers = Multipliers()
 
 
 class RunConfig(_Model):
@@ -104,7 +114,6 @@ class RunConfig(_Model):
     train_segmenter: SegmenterStage | None = None
     train_vision: VisionStage | None = None
     train_language: LanguageStage | None = None
-    train_together: LanguageStage | None = None
     train_sae: SaeStage
     train_joint: JointStage
 
@@ -119,6 +128,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a YAML config") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -137,27 +148,35 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form a.b=value")
     *parents, leaf = key.split(".")
     for parent in parents:
-        raw = raw.setdefault(parent, {})
+        if raw.get(parent) is None:
+            raw[parent] = {}
+        raw = raw[parent]
         if not isinstance(raw, dict):
             raise ConfigError(f"override {override!r}: {parent} is not a section")
-    raw[leaf] = yaml.safe_load(value)
+    try:
+        raw[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {value!r} is no valid YAML value") from error
 
 
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{where} is missing"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']}, got {error['input']!r}"
-    known = sorted({n for m in _models() for n in m.model_fields})
-    close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{where}: unknown key{hint}"
+    *section, key = error["loc"]
+    known = list(_section(section).model_fields)
+    close = difflib.get_close_matches(str(key), known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    return f"{where}: unknown key; {hint}"
 
 
-def _models() -> list[type[BaseModel]]:
-    found: list[type[BaseModel]] = [RunConfig]
-    for model in found:
-        for item in model.model_fields.values():
-            for kind in [item.annotation, *getattr(item.annotation, "__args__", ())]:
-                if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in found:
-                    found.append(kind)
-    return found
+def _section(location: list[str | int]) -> type[BaseModel]:
+    """The model that describes a section of the config."""
+    model: type[BaseModel] = RunConfig
+    for name in location:
+        annotation = model.model_fields[str(name)].annotation
+        kinds = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    return model

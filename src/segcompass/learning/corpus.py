@@ -15,16 +15,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from segcompass.data.samples import ImageRecord
+from segcompass.data.samples import ImageRecord, read_dataset, read_images
 from segcompass.data.scenes.catalog import CATEGORIES, COLOURS, MAP_SIDE, SIZES, TEXTURES
 from segcompass.geometry import Frame, masks_to_grid, to_frame
 from segcompass.io.images import load_image
 from segcompass.io.masks import decode
+from segcompass.learning.config import DataConfig
 from segcompass.reasoning.backbones import Backbone, VisualInput
-from segcompass.types import NamedObject, Rle
+from segcompass.types import NamedObject, Rle, Sample
 
 T = TypeVar("T")
 IGNORED = -100  # target value that cross-entropy skips
+
+
+def read_samples(data: DataConfig) -> list[Sample]:
+    """The configured training samples."""
+    return read_dataset(data.root, data.split, layout=data.layout, limit=data.limit)
+
+
+def read_pictures(data: DataConfig) -> list[ImageRecord]:
+    """The configured training pictures with all their things (scenes only)."""
+    return read_images(data.root, data.split)[: data.limit]
 
 
 class Memo(Generic[T]):
@@ -32,20 +43,69 @@ class Memo(Generic[T]):
 
     Args:
         make: Reads and prepares one picture.
-        limit: Most pictures kept; later ones are made anew every time.
+        budget: Bytes that may be kept; once they are full, later pictures are made anew.
     """
 
-    def __init__(self, make: Callable[[Path], T], limit: int = 40_000) -> None:
-        self.make, self.limit = make, limit
+    def __init__(self, make: Callable[[Path], T], budget: int = 4 << 30) -> None:
+        self.make, self.room = make, budget
         self.kept: dict[Path, T] = {}
 
     def __call__(self, path: Path) -> T:
         if path in self.kept:
             return self.kept[path]
         value = self.make(path)
-        if len(self.kept) < self.limit:
+        size = _bytes(value)
+        if size <= self.room:
+            self.room -= size
             self.kept[path] = value
         return value
+
+
+class BlockMemo(Generic[T]):
+    """Remembers what a network made of pictures, which it is shown in fixed blocks.
+
+    Blocks are faster than single pictures, and fixed: what comes of a picture must not depend on
+    the batch it is first met in, or a resumed run would differ in the last bits.
+
+    Args:
+        make: Turns a block of pictures into one value each.
+        paths: All pictures that will be asked for.
+        block: Pictures in a block.
+        budget: Bytes that may be kept; if all pictures need more, each is made anew every time.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[list[Path]], Sequence[T]],
+        paths: Iterable[Path],
+        block: int = 32,
+        budget: int = 6 << 30,
+    ) -> None:
+        self.make, self.block, self.budget = make, block, budget
+        self.order = list(dict.fromkeys(paths))
+        self.position = {path: i for i, path in enumerate(self.order)}
+        self.kept: dict[Path, T] = {}
+        self.keeps: bool | None = None  # settled with the first picture
+
+    def __call__(self, path: Path) -> T:
+        if path in self.kept:
+            return self.kept[path]
+        if self.keeps is None:
+            first = self.make(self.order[:1])[0]
+            self.keeps = _bytes(first) * len(self.order) <= self.budget
+        if not self.keeps:
+            return self.make([path])[0]
+        start = self.position[path] // self.block * self.block
+        members = self.order[start : start + self.block]
+        self.kept.update(zip(members, self.make(members), strict=True))
+        return self.kept[path]
+
+
+def _bytes(value: object) -> int:
+    """Memory of the tensors and arrays in a value."""
+    if isinstance(value, Tensor | np.ndarray):
+        return int(value.nbytes)
+    return sum(map(_bytes, value)) if isinstance(value, tuple) else 0
 
 
 def visual_memo(backbone: Backbone) -> Memo[VisualInput]:
@@ -56,6 +116,19 @@ def visual_memo(backbone: Backbone) -> Memo[VisualInput]:
         return visual._replace(pixels=visual.pixels.to(backbone.model.dtype))
 
     return Memo(make)
+
+
+def feature_memo(
+    backbone: Backbone, visuals: Memo[VisualInput], paths: Iterable[Path]
+) -> BlockMemo[Tensor]:
+    """Image features of a frozen vision tower, (n, D) for every picture."""
+
+    @torch.no_grad()
+    def make(block: list[Path]) -> list[Tensor]:
+        made = backbone.embed_images([visuals(path) for path in block])
+        return [features.clone() for features in made]  # views would keep the block alive
+
+    return BlockMemo(make, paths)
 
 
 def frame_memo(side: int) -> Memo[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The one training loop: resumable to the bit, fp32 master weights, one-cycle schedule, JSONL log.
+"""The one training loop: resumable to the bit, stopped between steps, with a JSONL log.
 
 Every step is a pure function of (weights, optimizer state, step number): batches and randomness
 are derived from the step, so a run that was killed and resumed equals one that was not.
@@ -8,47 +8,29 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from segcompass.io.errors import CheckpointError
+from segcompass.io.errors import CheckpointError, SegCompassError
+from segcompass.io.progress import progress
+from segcompass.learning.optimizer import MasterWeights, OptimizerConfig
 
 Losses = dict[str, Tensor]  # "loss" is what is minimised, the rest is logged
 
 
-class OptimizerConfig(BaseModel, frozen=True, extra="forbid"):
-    """AdamW under a one-cycle schedule."""
-
-    steps: int = Field(ge=1)
-    batch: int = Field(32, ge=1, description="samples of one step")
-    learning_rate: float = Field(gt=0)
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps with a rising rate")
-    final_division: float = Field(20.0, ge=1, description="last rate = learning_rate / this")
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0, description="largest gradient norm, over all parts together")
-    betas: tuple[float, float] = (0.9, 0.98)
-    save_every: int = Field(200, ge=1)
-
-
-def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The rate at ``step``: linear rise, then a cosine down to ``learning_rate/final_division``."""
-    rise = config.warmup * config.steps
-    if step < rise:
-        return config.learning_rate * (step + 1) / rise
-    done = min(1.0, (step - rise) / max(1.0, config.steps - rise))
-    low = config.learning_rate / config.final_division
-    return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
+class DivergenceError(SegCompassError, FloatingPointError):
+    """Loss or gradients are no longer finite."""
 
 
 def batch_indices(step: int, batch: int, count: int, seed: int) -> list[int]:
@@ -74,96 +56,6 @@ def grouped_indices(
     order = np.random.default_rng((seed, step // group, 1)).permutation(group)
     start = int(order[step % group]) * batch
     return drawn[start : start + batch]
-
-
-class MasterWeights:
-    """fp32 copies of the trained parameters, updated by AdamW and written back.
-
-    With bf16 weights alone, small updates are rounded away; parameters that are fp32 already are
-    their own master.
-
-    Args:
-        parts: Trained modules by name.
-        multipliers: Learning-rate factor of each part; 1 where it is missing.
-    """
-
-    def __init__(
-        self,
-        parts: Mapping[str, nn.Module],
-        config: OptimizerConfig,
-        multipliers: Mapping[str, float] | None = None,
-    ) -> None:
-        self.config = config
-        self.working: dict[str, nn.Parameter] = {}
-        self.master: dict[str, Tensor] = {}
-        groups = []
-        for part, module in parts.items():
-            names = []
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    key = f"{part}.{name}"
-                    names.append(key)
-                    self.working[key] = parameter
-                    self.master[key] = self._master_of(parameter)
-            factor = (multipliers or {}).get(part, 1.0)
-            groups += self._groups(names, factor)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
-
-    @staticmethod
-    def _master_of(parameter: nn.Parameter) -> Tensor:
-        if parameter.dtype == torch.float32:
-            return parameter
-        return parameter.detach().float().clone().requires_grad_(True)
-
-    def _groups(self, names: list[str], factor: float) -> list[dict[str, object]]:
-        """Matrices decay, vectors do not."""
-        groups: list[dict[str, object]] = []
-        for decays in (True, False):
-            chosen = [self.master[n] for n in names if (self.master[n].ndim >= 2) == decays]
-            if chosen:
-                decay = self.config.weight_decay if decays else 0.0
-                groups.append({"params": chosen, "factor": factor, "weight_decay": decay})
-        return groups
-
-    def step(self, step: int) -> float:
-        """Clip, update and write back; returns the gradient norm before clipping."""
-        for name, parameter in self.working.items():
-            master = self.master[name]
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-        norm = nn.utils.clip_grad_norm_(list(self.master.values()), self.config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step) * group["factor"]
-        self.optimizer.step()
-        with torch.no_grad():
-            for name, parameter in self.working.items():
-                parameter.copy_(self.master[name])
-                parameter.grad = None
-        return float(norm)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs."""
-        state = {f"master/{name}": tensor.detach() for name, tensor in self.master.items()}
-        for name, tensor in self.master.items():
-            for key, value in self.optimizer.state.get(tensor, {}).items():
-                state[f"{key}/{name}"] = value.detach()
-        return {key: value.contiguous().clone() for key, value in state.items()}
-
-    def restore(self, tensors: Mapping[str, Tensor], source: Path) -> None:
-        """Take up saved tensors; raises CheckpointError unless they are exactly these parts'."""
-        found = {k.removeprefix("master/") for k in tensors if k.startswith("master/")}
-        if found != set(self.master):
-            odd = sorted(found.symmetric_difference(self.master))[:3]
-            raise CheckpointError(
-                f"{source} belongs to another run: it differs in {', '.join(odd)}; "
-                "delete it to start anew, or resume with the config that wrote it"
-            )
-        with torch.no_grad():
-            for name, tensor in self.master.items():
-                tensor.copy_(tensors[f"master/{name}"])
-                self.working[name].copy_(tensor)
-                keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
-                self.optimizer.state[tensor] = {k: tensors[f"{k}/{name}"].clone() for k in keys}
 
 
 class Loop:
@@ -196,14 +88,28 @@ class Loop:
     def _state_path(self) -> Path:
         return self.folder / "state.safetensors"
 
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / "log.jsonl"
+
     def resume(self) -> bool:
-        """Continue from the saved state, if there is one."""
-        if not self._state_path.exists():
+        """Continue from the saved state, if there is one.
+
+        Raises:
+            CheckpointError: if the state is damaged, or of a model with other parts.
+        """
+        path = self._state_path
+        if not path.exists():
             return False
-        with safe_open(self._state_path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        self.weights.restore(tensors, self._state_path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                step = int((file.metadata() or {})["step"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is no training state or damaged ({error}); delete it to start anew"
+            ) from error
+        self.weights.restore(tensors, path)
         self.step = step
         return True
 
@@ -211,68 +117,105 @@ class Loop:
         """Write the state in one move, so that a kill never leaves half a file."""
         partial = self._state_path.with_suffix(".partial")
         save_file(self.weights.tensors(), partial, metadata={"step": str(self.step)})
-        os.replace(partial, self._state_path)
+        partial.replace(self._state_path)
 
     def run(self, losses: Callable[[int], Losses]) -> None:
-        """Minimise ``losses(step)["loss"]`` until the last step; Ctrl-C saves."""
+        """Minimise ``losses(step)["loss"]`` until the last step.
+
+        Ctrl-C and SIGTERM finish the step, save, and stop. An error leaves the last saved state
+        as it is: from there the same steps are taken again.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C or SIGTERM.
+            DivergenceError: if the loss or its gradient is not finite.
+        """
         if self.step >= self.config.steps:
             return
-        with (self.folder / "log.jsonl").open("a") as log, self._progress() as update:
-            try:
-                while self.step < self.config.steps:
-                    row = self._one_step(losses)
-                    log.write(json.dumps(row) + "\n")
-                    log.flush()
-                    update(row)
-                    if self.step % self.config.save_every == 0:
-                        self.save()
-            finally:
-                self.save()
+        self._trim_log()
+        total = self.config.steps
+        with (
+            self._log_path.open("a", encoding="utf-8") as log,
+            progress(self.title) as update,
+            _Stop() as stop,
+        ):
+            while self.step < total:
+                row = self._one_step(losses)
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                update(self.step, total, f"loss {row['loss']:.4f}")
+                asked = stop.asked  # once: it may change while the state is being saved
+                last = self.step == total
+                if asked or last or self.step % self.config.save_every == 0:
+                    self.save()
+                if asked:
+                    raise KeyboardInterrupt
 
-    def _one_step(self, losses: Callable[[int], Losses]) -> dict[str, float | int]:
+    def _one_step(self, losses: Callable[[int], Losses]) -> dict[str, float | int | None]:
         started = time.perf_counter()
         torch.manual_seed(self.seed * 1_000_003 + self.step)
         values = losses(self.step)
         loss = values["loss"]
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.title}: the loss became {float(loss)} at step {self.step}; the last good "
-                f"state is {self._state_path}; lower the learning rate and resume"
-            )
+        self._check("loss", float(loss.detach()))
         loss.backward()  # type: ignore[no-untyped-call]
         norm = self.weights.step(self.step)
+        self._check("gradient norm", norm)
         self.step += 1
         seconds = time.perf_counter() - started
-        numbers = {key: round(float(value.detach()), 5) for key, value in values.items()}
+        numbers = {key: _number(value) for key, value in values.items()}
         return {"step": self.step, **numbers, "norm": round(norm, 4), "s": round(seconds, 3)}
 
-    def _progress(self) -> _Bar:
-        return _Bar(self.title, self.step, self.config.steps)
+    def _check(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            path = self._state_path
+            kept = f"the last good state is {path}" if path.exists() else "no state was saved yet"
+            raise DivergenceError(
+                f"{self.title}: the {name} became {value} at step {self.step}; {kept}; "
+                "lower the learning rate and go on from there"
+            )
+
+    def _trim_log(self) -> None:
+        """Drop rows of steps that will be taken again, and a row that was cut off."""
+        if not self._log_path.exists():
+            return
+        lines = self._log_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if (step := _step_of(line)) and step <= self.step]
+        partial = self._log_path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self._log_path)
 
 
-class _Bar:
-    """A progress bar on stderr that is silent when nobody watches."""
+def _number(value: Tensor) -> float | None:
+    """For the log; what has no value (the accuracy over nothing) is null, for JSON has no NaN."""
+    number = round(float(value.detach()), 5)
+    return number if math.isfinite(number) else None
 
-    def __init__(self, title: str, done: int, total: int) -> None:
-        console = Console(stderr=True)
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task(title, total=total, completed=done, note="")
 
-    def __enter__(self) -> Callable[[Mapping[str, float | int]], None]:
-        self.progress.start()
-        return self._update
+def _step_of(line: str) -> int | None:
+    """The step a log row tells of; None where the row is not whole."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class _Stop:
+    """Makes Ctrl-C and SIGTERM wait for the end of a step; a second Ctrl-C does not wait."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.former[number] = signal.signal(number, self._ask)
+        return self
 
     def __exit__(self, *_error: object) -> None:
-        self.progress.stop()
+        for number, handler in self.former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _update(self, row: Mapping[str, float | int]) -> None:
-        note = f"loss {row['loss']:.4f}"
-        self.progress.update(self.task, completed=int(row["step"]), note=note)
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -44,6 +44,7 @@ def match(
             continue
         cost = pairwise_dice(heatmap_logits[image], wanted)
         cost = cost - confidence_logits[image].sigmoid()[:, None]
+        cost = cost.nan_to_num()  # the loss will be NaN too, and it is the loop that tells so
         rows, columns = linear_sum_assignment(cost.float().cpu().numpy())
         images += [image] * len(rows)
         slots += rows.tolist()

@@ -9,18 +9,20 @@ RUN/model/             the finished model folder
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
-from segcompass.data.samples import read_dataset
 from segcompass.data.scenes.writer import write_scenes
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.io.checkpoints import replace_folder
 from segcompass.io.errors import ConfigError
+from segcompass.io.progress import progress
 from segcompass.learning.config import RunConfig, load_config
+from segcompass.learning.corpus import read_samples
 from segcompass.learning.train_joint import train_joint
 from segcompass.learning.train_sae import train_sae
 from segcompass.learning.train_segmenter import train_segmenter
@@ -51,20 +53,24 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> Pa
         torch.set_num_threads(config.threads)
     if stage not in {*STAGES, "all"}:
         raise ConfigError(f"no stage is called {stage!r}; choose one of {', '.join(STAGES)}, all")
+    names = list(STAGES) if stage == "all" else [stage]
+    if not resume:
+        _refuse_overwriting(config.run, names)
     config.run.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)
     (config.run / "config.json").write_text(text + "\n")
     write_data(config)
-    folder = config.run
-    for name in STAGES if stage == "all" else [stage]:
-        states = list(config.run.glob(f"stages/{name}*/state.safetensors"))
-        if states and not resume:
+    return [STAGES[name](config) for name in names][-1]
+
+
+def _refuse_overwriting(folder: Path, stages: list[str]) -> None:
+    """Before anything is touched: no stage that would run may have been here already."""
+    for stage in stages:
+        for state in sorted(folder.glob(f"stages/{stage}*/state.safetensors")):
             raise ConfigError(
-                f"{states[0]} is from an earlier run; pass --resume to continue it, "
+                f"{state} is from an earlier run; pass --resume to continue it, "
                 "set another `run` folder, or delete it"
             )
-        folder = STAGES[name](config)
-    return folder
 
 
 def write_data(config: RunConfig) -> None:
@@ -72,7 +78,8 @@ def write_data(config: RunConfig) -> None:
     scenes = config.data.scenes
     if scenes is not None:
         counts = scenes.model_dump(exclude={"seed"})
-        write_scenes(config.data.root, counts, scenes.seed)
+        with progress("pictures") as update:
+            write_scenes(config.data.root, counts, scenes.seed, progress=update)
 
 
 def run_segmenter(config: RunConfig) -> Path:
@@ -89,10 +96,9 @@ def run_warmup(config: RunConfig) -> Path:
     policy = start_policy(config)
     if config.train_vision is not None:
         train_vision(policy, config, config.train_vision, config.run / "stages/warmup-vision")
-    for name in ("language", "together"):
-        stage = getattr(config, f"train_{name}")
-        if stage is not None:
-            train_language(policy, config, stage, config.run / f"stages/warmup-{name}")
+    if config.train_language is not None:
+        folder = config.run / "stages/warmup-language"
+        train_language(policy, config, config.train_language, folder)
     return _hand_on(config.run / "policy", lambda folder: save_policy(policy, folder))
 
 
@@ -106,8 +112,8 @@ def run_sae(config: RunConfig) -> Path:
 def run_joint(config: RunConfig) -> Path:
     """Train the head with the upper policy, and write the finished model."""
     policy = warm_policy(config)
-    sam = load_segmenter(config.run / "segmenter")
-    sae = SparseAutoencoder.load(config.run / "sae")
+    sam = load_segmenter(_made_by("segmenter", config.run / "segmenter"))
+    sae = SparseAutoencoder.load(_made_by("sae", config.run / "sae"))
     model = ModelConfig(name=config.run.name, policy=config.policy.use, head=config.head)
     torch.manual_seed(config.seed)
     interface = build_interface(model, policy, sam, sae)
@@ -132,7 +138,7 @@ def start_policy(config: RunConfig) -> Policy:
     source = config.policy
     if source.source != "scratch":
         return load_policy(source.source, source.use, dtype=getattr(torch, source.dtype))
-    samples = read_dataset(config.data.root, config.data.split)
+    samples = read_samples(config.data)
     texts = [text for s in samples for text in (s.instruction, s.thought or "")]
     policy = new_policy(source.scratch, source.use, texts, config.seed)
     policy.model.to(getattr(torch, source.dtype))
@@ -144,7 +150,7 @@ def warm_policy(config: RunConfig) -> Policy:
     folder = config.run / "policy"
     if not folder.is_dir():
         if config.policy.source == "scratch":
-            raise ConfigError(f"{folder} is missing; run `segcompass train warmup` first")
+            _made_by("warmup", folder)
         return start_policy(config)
     return load_policy(folder, config.policy.use, dtype=getattr(torch, config.policy.dtype))
 
@@ -160,9 +166,16 @@ def sae_metadata(config: RunConfig) -> dict[str, str | int]:
     }
 
 
+def _made_by(stage: str, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is missing; run `segcompass train {stage}` first")
+    return folder
+
+
 def _hand_on(folder: Path, save: Callable[[Path], object]) -> Path:
     """Write a stage's result in one move."""
     partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     save(partial)
     replace_folder(partial, folder)
     return folder

@@ -7,22 +7,29 @@ SAE layer, the concentration tokens and the answer's log-probabilities.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segcompass.data.samples import read_dataset
 from segcompass.geometry import Frame, padding_mask
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.io.images import load_image
 from segcompass.learning.config import JointStage, RunConfig
-from segcompass.learning.corpus import Memo, frame_memo, target_grid, visual_memo
+from segcompass.learning.corpus import (
+    BlockMemo,
+    feature_memo,
+    read_samples,
+    target_grid,
+    visual_memo,
+)
 from segcompass.learning.loop import Loop, Losses, grouped_indices
 from segcompass.learning.losses import confidence_bce, dice_loss, map_bce
 from segcompass.learning.matching import match
-from segcompass.learning.train_warmup import FeatureCache, answer_loss
+from segcompass.learning.train_warmup import answer_loss
 from segcompass.reasoning.policy import Policy
 from segcompass.types import Sample, Slots
 
@@ -36,12 +43,13 @@ def train_joint(
     folder: Path,
 ) -> None:
     """Train everything after the SAE layer on masks; see `JointStage` for the weights."""
-    samples = read_dataset(config.data.root, config.data.split, layout=config.data.layout)
+    samples = read_samples(config.data)[: stage.samples]
+    paths = [s.image_path for s in samples]
     trained = freeze(policy, encoder, interface, stage)
-    loop = Loop(folder, "joint", trained, stage, config.seed, stage.multipliers)
+    loop = Loop(folder, "joint", trained, stage, config.seed, stage.multipliers.model_dump())
     loop.resume()
-    visuals, features = visual_memo(policy.backbone), FeatureCache(policy)
-    keys = key_memo(encoder)
+    visuals = visual_memo(policy.backbone)
+    features, keys = feature_memo(policy.backbone, visuals, paths), key_memo(encoder, paths)
     lengths = [len(s.thought or "") + len(s.instruction) for s in samples]
 
     def losses(step: int) -> Losses:
@@ -50,16 +58,18 @@ def train_joint(
         pictures = [visuals(s.image_path) for s in batch]
         thoughts = [s.thought or "" for s in batch]
         sequences = policy.encode(pictures, [s.instruction for s in batch], thoughts)
-        states, hidden = policy(sequences, pictures, features(batch, pictures))
+        seen = [features(s.image_path) for s in batch]
+        states, hidden = policy(sequences, pictures, seen)
         stacked = torch.stack([keys(s.image_path).float() for s in batch])
         frames = [Frame.fit(s.image_hw, encoder.side) for s in batch]
         padding = padding_mask(frames, encoder.grid)
         alignment = interface.align(states, stacked, padding=padding)
         result = segmentation_losses(interface, stacked, alignment.slots, batch, frames, stage)
-        language, _ = answer_loss(policy, sequences, hidden)
-        result["language"] = language.detach()
-        result["loss"] = result["loss"] + stage.language_weight * language
-        return result
+        with torch.set_grad_enabled(stage.language_weight > 0):
+            language, _ = answer_loss(policy, sequences, hidden)
+        if stage.language_weight > 0:
+            result["loss"] = result["loss"] + stage.language_weight * language
+        return {**result, "language": language.detach()}
 
     loop.run(losses)
 
@@ -126,13 +136,12 @@ def freeze(
     return parts
 
 
-def key_memo(encoder: ImageEncoder) -> Memo[Tensor]:
-    """Image keys of the frozen encoder, kept in half precision."""
-    frames = frame_memo(encoder.side)
+def key_memo(encoder: ImageEncoder, paths: Iterable[Path]) -> BlockMemo[Tensor]:
+    """Image keys of the frozen encoder, (C, h, w) for every picture, in half precision."""
 
     @torch.no_grad()
-    def make(path: Path) -> Tensor:
-        pixels = encoder.normalise(frames.make(path)[None])
-        return encoder(pixels)[0].bfloat16()
+    def make(block: list[Path]) -> list[Tensor]:
+        pixels, _ = encoder.preprocess([load_image(path) for path in block])
+        return [keys.bfloat16().clone() for keys in encoder(pixels)]
 
-    return Memo(make)
+    return BlockMemo(make, paths)

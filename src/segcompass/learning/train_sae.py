@@ -13,10 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
-from segcompass.data.samples import read_dataset
 from segcompass.interfaces.concept_slots import READ_BY_SAE
 from segcompass.learning.config import RunConfig, SaeStage
-from segcompass.learning.corpus import visual_memo
+from segcompass.learning.corpus import read_samples, visual_memo
 from segcompass.learning.loop import Loop, Losses, batch_indices
 from segcompass.reasoning.policy import Policy
 from segcompass.types import Sample
@@ -26,7 +25,7 @@ def train_sae(
     policy: Policy, config: RunConfig, stage: SaeStage, folder: Path
 ) -> SparseAutoencoder:
     """Train an SAE and return it with its input scale folded in."""
-    samples = read_dataset(config.data.root, config.data.split, layout=config.data.layout)
+    samples = read_samples(config.data)
     order = batch_indices(0, min(stage.samples, len(samples)), len(samples), config.seed)
     states = collect_states(policy, [samples[i] for i in order])
     mean = states.mean(0)
@@ -79,9 +78,8 @@ def collect_states(
         thoughts = [s.thought or "" for s in group]
         sequences = policy.encode(pictures, [s.instruction for s in group], thoughts)
         states, _ = policy(sequences, pictures)
-        readable = torch.zeros_like(sequences.kinds, dtype=torch.bool)
+        readable = torch.zeros_like(states.token_kinds, dtype=torch.bool)
         for kind in READ_BY_SAE:
-            readable |= sequences.kinds == kind
-        readable[:, -1] = False  # end-of-text is never consumed
+            readable |= states.token_kinds == kind
         kept.append(states.sae_states[readable].float())
     return torch.cat(kept)

@@ -14,19 +14,20 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import SamModel
 
-from segcompass.data.samples import ImageRecord, read_images
+from segcompass.data.samples import ImageRecord
+from segcompass.geometry import Frame
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.io.masks import box, decode
 from segcompass.learning.config import RunConfig, SegmenterStage
-from segcompass.learning.corpus import frame_memo, target_grid
+from segcompass.learning.corpus import frame_memo, read_pictures, target_grid
 from segcompass.learning.loop import Loop, Losses, batch_indices
 from segcompass.learning.losses import dice_loss, map_bce, soft_iou
 
 
 def train_segmenter(sam: SamModel, config: RunConfig, stage: SegmenterStage, folder: Path) -> None:
     """Teach the segmenter to complete points, boxes and coarse maps into masks."""
-    records = read_images(config.data.root, config.data.split)
+    records = read_pictures(config.data)
     encoder, decoder = ImageEncoder(sam), MaskDecoder(sam)
     frames = frame_memo(encoder.side)
     loop = Loop(folder, "segmenter", {"sam": sam}, stage, config.seed)
@@ -35,12 +36,16 @@ def train_segmenter(sam: SamModel, config: RunConfig, stage: SegmenterStage, fol
     def losses(step: int) -> Losses:
         chosen = batch_indices(step, stage.batch, len(records), config.seed)
         batch = [records[i] for i in chosen]
-        pixels = encoder.normalise(np.stack([frames(r.image_path) for r in batch]))
+        framed = np.stack([frames(r.image_path) for r in batch])
+        pixels = encoder.normalise(framed, [Frame.fit(r.image_hw, encoder.side) for r in batch])
         rng = random.Random(f"{config.seed}/{step}")
         rows, prompts, targets = _prompts(batch, decoder, stage.prompts, rng, encoder.side)
         keys = encoder(pixels)
         kind = ("points", "boxes", "masks")[step % 3]
-        logits = decoder.decode_prompts(keys, rows, **{kind: prompts[kind]})
+        shown = {name: value if name == kind else None for name, value in prompts.items()}
+        logits = decoder.decode_prompts(
+            keys, rows, points=shown["points"], boxes=shown["boxes"], masks=shown["masks"]
+        )
         dice, bce = dice_loss(logits, targets).mean(), map_bce(logits, targets).mean()
         iou = soft_iou((logits > 0).float() * 40 - 20, (targets > 0.5).float()).mean()
         return {"loss": dice + 5 * bce, "dice": dice.detach(), "iou": iou.detach()}

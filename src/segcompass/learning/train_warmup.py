@@ -16,13 +16,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segcompass.data.samples import read_dataset, read_images
+from segcompass.data.scenes.catalog import MAP_SIDE
+from segcompass.io.errors import ConfigError
 from segcompass.learning.config import LanguageStage, RunConfig, VisionStage
-from segcompass.learning.corpus import DENSE_TARGETS, dense_targets, stack_targets, visual_memo
+from segcompass.learning.corpus import (
+    DENSE_TARGETS,
+    dense_targets,
+    feature_memo,
+    read_pictures,
+    read_samples,
+    stack_targets,
+    visual_memo,
+)
 from segcompass.learning.loop import Loop, Losses, batch_indices, grouped_indices
-from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.policy import Policy, Sequences
-from segcompass.types import Sample, TokenKind
+from segcompass.types import TokenKind
 
 _EMPTY = {"here_category", "cover_category"}  # targets with a class for "nothing"
 
@@ -42,7 +50,8 @@ class DenseHeads(nn.Module):
             weight = torch.ones(logits.shape[-1])
             if name in _EMPTY:
                 weight[-1] = background
-            result[name] = F.cross_entropy(logits, target, weight)
+            shown = bool((target >= 0).any())  # else the mean over nothing would be NaN
+            result[name] = F.cross_entropy(logits, target, weight) if shown else 0 * logits.sum()
             if name.startswith("here"):
                 at = (target >= 0) & (target < logits.shape[-1] - (name in _EMPTY))
                 result[f"acc_{name}"] = (logits.argmax(-1) == target)[at].float().mean()
@@ -52,14 +61,20 @@ class DenseHeads(nn.Module):
 
 def train_vision(policy: Policy, config: RunConfig, stage: VisionStage, folder: Path) -> None:
     """Pretrain the vision tower on dense targets."""
-    records = read_images(config.data.root, config.data.split)
+    records = read_pictures(config.data)
     torch.manual_seed(config.seed)
     heads = DenseHeads(policy.width)
-    tower = policy.model.model.visual
+    tower = policy.backbone.vision
     loop = Loop(folder, "vision", {"tower": tower, "heads": heads}, stage, config.seed)
     loop.resume()
     visuals = visual_memo(policy.backbone)
     targets = cache(lambda i: dense_targets(records[i]))
+    grid = visuals(records[0].image_path).grid
+    if grid != (MAP_SIDE, MAP_SIDE):
+        raise ConfigError(
+            f"train_vision teaches a {MAP_SIDE}x{MAP_SIDE} map of image tokens, this policy makes "
+            f"{grid[0]}x{grid[1]}; change image_side or patch, or leave the stage out"
+        )
 
     def losses(step: int) -> Losses:
         chosen = batch_indices(step, stage.batch, len(records), config.seed)
@@ -74,10 +89,14 @@ def train_vision(policy: Policy, config: RunConfig, stage: VisionStage, folder: 
 
 def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, folder: Path) -> None:
     """Train the language model on questions and oracle answers."""
-    samples = [s for s in read_dataset(config.data.root, config.data.split) if s.thought]
+    samples = [s for s in read_samples(config.data) if s.thought]
     visuals = visual_memo(policy.backbone)
-    features = None if stage.train_vision else FeatureCache(policy)
-    policy.model.model.visual.requires_grad_(stage.train_vision)
+    features = (
+        None
+        if stage.train_vision
+        else feature_memo(policy.backbone, visuals, [s.image_path for s in samples])
+    )
+    policy.backbone.vision.requires_grad_(stage.train_vision)
     loop = Loop(folder, "language", {"policy": policy.model}, stage, config.seed)
     loop.resume()
     lengths = [len(s.thought or "") + len(s.instruction) for s in samples]
@@ -88,29 +107,13 @@ def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, fold
         pictures = [visuals(s.image_path) for s in batch]
         thoughts = [s.thought or "" for s in batch]
         sequences = policy.encode(pictures, [s.instruction for s in batch], thoughts)
-        _, hidden = policy(sequences, pictures, features and features(batch, pictures))
+        seen = [features(s.image_path) for s in batch] if features else None
+        _, hidden = policy(sequences, pictures, seen)
         loss, accuracy = answer_loss(policy, sequences, hidden)
         return {"loss": loss, "accuracy": accuracy}
 
     loop.run(losses)
-    policy.model.model.visual.requires_grad_(True)
-
-
-class FeatureCache:
-    """Image features of a frozen vision tower, computed once per picture."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.kept: dict[Path, Tensor] = {}
-
-    def __call__(self, batch: list[Sample], visuals: list[VisualInput]) -> list[Tensor]:
-        new = {s.image_path: v for s, v in zip(batch, visuals, strict=True)}
-        new = {path: v for path, v in new.items() if path not in self.kept}
-        if new:
-            with torch.no_grad():
-                made = self.policy.backbone.embed_images(list(new.values()))
-            self.kept.update(zip(new, made, strict=True))
-        return [self.kept[s.image_path] for s in batch]
+    policy.backbone.vision.requires_grad_(True)
 
 
 def answer_loss(
