@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import GenerationConfig
@@ -70,8 +71,8 @@ def measure(model: SegCompass, pictures: int, repeats: int) -> dict[str, object]
     ours, baseline = [], []
     for _ in range(repeats):
         for path, instruction, tokens in jobs:
-            ours.append(seconds(lambda: model.predict(path, instruction, force_format=False)))
-            baseline.append(seconds(lambda: plain(model, path, instruction, tokens)))
+            ours.append(seconds(partial(model.predict, path, instruction, force_format=False)))
+            baseline.append(seconds(partial(plain, model, path, instruction, tokens)))
     row = {"measure": "predict_vs_generate", "unit": "s/picture"}
     row |= {"ours": statistics.median(ours), "baseline": statistics.median(baseline)}
     row["ratio"] = row["baseline"] / row["ours"]

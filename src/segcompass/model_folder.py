@@ -139,7 +139,6 @@ def save_model(
     interface: ConceptSlots,
     *,
     policy_dtype: torch.dtype | None = None,
-    card: str = "",
     sae_metadata: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder in one move."""
@@ -149,7 +148,8 @@ def save_model(
     sam.save_pretrained(partial / "segmenter")
     sae.save(partial / "sae", sae_metadata)
     checkpoints.save_module(interface.head, partial / checkpoints.PARTS["head"])
-    (partial / "README.md").write_text(card or f"# {config.name}\n\nA SegCompass model.\n")
+    card = model_card(config, policy, sam, sae, interface)
+    (partial / "README.md").write_text(card, encoding="utf-8")
     versions = {
         "segcompass": segcompass.__version__,
         "torch": torch.__version__,
@@ -158,6 +158,44 @@ def save_model(
     checkpoints.write_binding(partial, config.model_dump(mode="json"), versions)
     partial.chmod(0o755)
     checkpoints.replace_folder(partial, folder)
+
+
+def model_card(
+    config: ModelConfig,
+    policy: Policy,
+    sam: SamModel,
+    sae: SparseAutoencoder,
+    interface: ConceptSlots,
+) -> str:
+    """The model folder's README: what it is, its parts and sizes, and how to open them."""
+    rows = {
+        "policy/": (policy.model, f"{type(policy.model).__name__}, a plain Hugging Face folder"),
+        "segmenter/": (sam, "SamModel, a plain Hugging Face folder"),
+        "sae/": (
+            sae,
+            f"SAELens files; layer {config.policy.sae_layer}, {sae.config.d_sae} latents",
+        ),
+        "head.safetensors": (interface.head, "query codebook, fusion, slot mapper"),
+    }
+    table = "\n".join(
+        f"| `{name}` | {sum(p.numel() for p in module.parameters()):,} | {what} |"
+        for name, (module, what) in rows.items()
+    )
+    return (
+        f"---\nlibrary_name: segcompass\npipeline_tag: image-segmentation\n---\n\n"
+        f"# {config.name}\n\n"
+        "A SegCompass model: a picture and an instruction become masks, with the chain of thought, "
+        "the sparse concepts and the heatmaps behind them.\n\n"
+        f"| part | parameters | format |\n|---|---:|---|\n{table}\n\n"
+        f"Slots: {policy.slots}. A mask counts from confidence {config.threshold}. "
+        "`segcompass.json` binds the parts together; a folder with exchanged or damaged parts is "
+        "refused.\n\n"
+        "```python\nfrom segcompass import SegCompass\n\n"
+        'model = SegCompass.from_pretrained("path/to/this/folder")\n'
+        'result = model.predict("picture.jpg", "the red mug")\n```\n\n'
+        "It knows what it was trained on and nothing else; look at the thought and the heatmaps "
+        "before trusting a mask.\n"
+    )
 
 
 def _load_sae(folder: Path) -> SparseAutoencoder:

@@ -13,7 +13,6 @@ Every stage's result is in the `Prediction`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from segcompass.geometry import Frame, masks_to_image, padding_mask
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.interfaces.base import Alignment
 from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.io.clock import Clock
 from segcompass.io.images import ImageSource, load_image
 from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.policy import Generation, Policy
@@ -109,7 +109,7 @@ class SegCompass(nn.Module):
         cut = self.threshold if threshold is None else threshold
         if not 0 <= cut <= 1:
             raise ValueError(f"the threshold is a confidence in [0, 1], got {cut}")
-        clock = _Clock()
+        clock = Clock()
         pictures = [load_image(image) for image in images]
         visuals = [self.policy.backbone.prepare(picture) for picture in pictures]
         clock.lap("loading")
@@ -192,18 +192,6 @@ class SegCompass(nn.Module):
             model=self.name,
             timings=timings,
         )
-
-
-class _Clock:
-    """Seconds between laps."""
-
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.laps[stage], self.last = now - self.last, now
 
 
 def _host(tensor: Tensor) -> np.ndarray:

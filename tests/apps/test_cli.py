@@ -17,10 +17,10 @@ from factories import make_prediction, no_target
 from PIL import Image
 from typer.testing import CliRunner
 
-from segcompass.apps import console
 from segcompass.apps.cli import app
 from segcompass.io import assets
 from segcompass.io.errors import CheckpointError, DataError, ImageError, UnsafeFileError
+from segcompass.io.progress import progress
 from segcompass.types import Prediction
 
 run = CliRunner()
@@ -325,7 +325,10 @@ def test_train_hands_on_what_it_was_given(tmp_path: Path, install: Install) -> N
 def test_data_scenes_hands_on_its_counts(tmp_path: Path, install: Install) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def write_scenes(out: Path, counts: dict[str, int], seed: int, workers: int | None) -> None:
+    def write_scenes(
+        out: Path, counts: dict[str, int], seed: int, workers: int | None, progress: Any
+    ) -> None:
+        progress(1, 2)
         calls.append((out, counts, seed, workers))
 
     install("segcompass.data.scenes.writer", write_scenes=write_scenes)
@@ -342,6 +345,6 @@ def test_doctor(install: Install) -> None:
 
 
 def test_bars_are_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.progress("work") as moved:
+    with progress("work") as moved:
         moved(1, 2)
     assert capsys.readouterr() == ("", "")

@@ -94,7 +94,9 @@ def test_json_has_the_documented_fields() -> None:
 def test_json_masks_decode_to_the_masks() -> None:
     prediction = make_prediction()
     for slot in outputs.to_json(prediction)["slots"]:
-        np.testing.assert_array_equal(masks.decode(slot["mask"]), prediction.slot_masks[slot["index"]])
+        np.testing.assert_array_equal(
+            masks.decode(slot["mask"]), prediction.slot_masks[slot["index"]]
+        )
         assert slot["area"] == prediction.slot_masks[slot["index"]].sum()
 
 

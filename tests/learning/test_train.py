@@ -17,6 +17,7 @@ from segcompass.data.samples import read_dataset
 from segcompass.io.errors import ConfigError
 from segcompass.learning import train
 from segcompass.learning.loop import Loop
+from segcompass.reasoning.loading import load_policy, save_policy
 from segcompass.types import Status
 
 LOOPS = ("segmenter", "warmup-vision", "warmup-language", "sae", "joint")
@@ -122,7 +123,9 @@ def test_an_earlier_run_is_not_overwritten(
     shutil.copy(finished.parent / "run/stages/joint/state.safetensors", run / "stages/joint")
     (run / "config.json").write_text("the earlier run's")
     monkeypatch.setitem(train.STAGES, "segmenter", lambda _: pytest.fail("a stage was begun"))
-    with pytest.raises(ConfigError, match=r"joint.state\.safetensors is from an earlier run.*--res"):
+    with pytest.raises(
+        ConfigError, match=r"joint.state\.safetensors is from an earlier run.*--res"
+    ):
         train.run("all", finished, [f"run={run}"], resume=False)
     assert (run / "config.json").read_text() == "the earlier run's"
 
@@ -144,14 +147,6 @@ def test_the_vision_stage_refuses_a_policy_with_another_map(
     path = write_config(tmp_path, scenes_root)
     with pytest.raises(ConfigError, match=r"8x8 map .* makes 4x4"):
         train.run("warmup", path, ["policy.scratch.patch=8"], resume=False)
-
-
-def test_limit_and_layout_of_the_data_are_used(scenes_root: Path, tmp_path: Path) -> None:
-    path = write_config(tmp_path, scenes_root)
-    config = train.load_config(path, ["data.limit=3", "data.layout=refcoco"])
-    samples = train.read_samples(config.data)
-    assert samples == read_dataset(scenes_root, "train", layout="refcoco")[:3]
-    assert len(samples) == 3
 
 
 def test_a_llava_goes_the_same_way(scenes_root: Path, tmp_path: Path) -> None:
@@ -184,3 +179,32 @@ def test_a_llava_learns_to_answer(scenes_root: Path, tmp_path: Path) -> None:
     moved = {n for n in moved if not torch.equal(before[n], after[n])}
     assert any("language_model" in n for n in moved)
     assert not any("vision_tower" in n or "projector" in n for n in moved)
+
+
+def test_a_small_policy_file_loads_in_any_precision(finished: Path, scenes_root: Path) -> None:
+    folder = finished.parent / "run/model"
+    dtypes = {
+        part: {str(tensor.dtype) for tensor in tensors.values()}
+        for part, tensors in weights(folder).items()
+    }
+    assert dtypes.pop("policy/model.safetensors") == {"torch.bfloat16"}
+    assert set().union(*dtypes.values()) == {"torch.float32"}
+    full, half = (
+        SegCompass.from_pretrained(folder, device="cpu", dtype=dtype)
+        for dtype in (None, "bfloat16")
+    )
+    pairs = zip(full.policy.parameters(), half.policy.parameters(), strict=True)
+    assert all(a.dtype == torch.float32 and torch.equal(a, b.float()) for a, b in pairs)
+    assert next(half.policy.parameters()).dtype == torch.bfloat16
+    sample = read_dataset(scenes_root, "val")[0]
+    results = [m.predict(sample.image_path, sample.instruction) for m in (full, half)]
+    assert results[0].slot_scores == pytest.approx(results[1].slot_scores, abs=0.05)
+
+
+def test_saving_in_half_precision_writes_tied_weights_once(finished: Path, tmp_path: Path) -> None:
+    folder = finished.parent / "run/model/policy"
+    policy = load_policy(folder, train.load_config(finished).policy.use)  # in float32
+    save_policy(policy, tmp_path / "half", torch.bfloat16)
+    again, once = (load_file(f / "model.safetensors") for f in (tmp_path / "half", folder))
+    assert again.keys() == once.keys()
+    assert all(torch.equal(again[name], once[name]) for name in once)

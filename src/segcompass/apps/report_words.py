@@ -62,13 +62,13 @@ def align_words(text: str, readings: Sequence[TokenActivation], words: Words) ->
     totals = [max((r.total for r in pieces), default=0.0) for pieces in members]
     strongest = max(totals, default=0.0) or 1.0
     segments, end = [], 0
-    for unit, pieces, total in zip(units, members, totals, strict=True):
-        if unit.start() > end:
-            segments.append(Segment(text[end : unit.start()]))
+    for match, pieces, total in zip(units, members, totals, strict=True):
+        if match.start() > end:
+            segments.append(Segment(text[end : match.start()]))
         words.of_token |= {r.position: len(words.concepts) for r in pieces}
-        segments.append(Segment(unit[0], len(words.concepts), total / strongest))
+        segments.append(Segment(match[0], len(words.concepts), total / strongest))
         words.concepts.append(_merge(pieces))
-        end = unit.end()
+        end = match.end()
     return [*segments, Segment(text[end:])] if end < len(text) else segments
 
 

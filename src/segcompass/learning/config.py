@@ -105,7 +105,7 @@ class RunConfig(_Model):
     """Everything about a run."""
 
     run: Path = Field(description="folder of logs, states and the finished model")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores by default")
     data: DataConfig
     policy: PolicySource = PolicySource()
@@ -166,9 +166,11 @@ def _explain(error: Any) -> str:
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']}, got {error['input']!r}"
     *section, key = error["loc"]
-    known = list(_section(section).model_fields)
-    close = difflib.get_close_matches(str(key), known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    known = {name.lower(): name for name in _section(section).model_fields}
+    close = difflib.get_close_matches(str(key).lower(), known, n=1)
+    hint = (
+        f"did you mean {known[close[0]]!r}?" if close else f"known are {', '.join(known.values())}"
+    )
     return f"{where}: unknown key; {hint}"
 
 

@@ -1,0 +1,47 @@
+"""Prompts for pretraining the segmenter."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_sam
+
+from segcompass.data.samples import ImageRecord, read_images
+from segcompass.geometry import Frame, boxes_to_image, points_to_image
+from segcompass.grounding.mask_decoder import MaskDecoder
+from segcompass.io.masks import box, decode
+from segcompass.learning.train_segmenter import _prompts
+
+
+@pytest.fixture(scope="module")
+def records(scenes_root: Path) -> list[ImageRecord]:
+    return read_images(scenes_root, "train")[:2]
+
+
+def test_prompts_are_about_their_targets(records: list[ImageRecord]) -> None:
+    decoder = MaskDecoder(tiny_sam())
+    rows, prompts, targets = _prompts(records, decoder, 3, random.Random(0), side=64)
+    assert rows.tolist() == [0, 0, 0, 1, 1, 1]
+    assert targets.shape == prompts["masks"].shape == (6, 32, 32)
+    for m, row in enumerate(rows.tolist()):
+        frame = Frame.fit(records[row].image_hw, 64)
+        x, y = points_to_image(prompts["points"][m].numpy(), frame)[0]
+        hit = [i for i, rle in enumerate(records[row].masks) if decode(rle)[int(y), int(x)]]
+        assert len(hit) == 1  # masks exclude each other
+        mask = torch.from_numpy(decode(records[row].masks[hit[0]]))
+        share = targets[m].sum() / (32 * 32)
+        assert share.item() == pytest.approx(mask.float().mean().item(), abs=1e-4)
+        x0, y0, x1, y1 = boxes_to_image(prompts["boxes"][m].numpy(), frame)
+        left, top, width, height = box(records[row].masks[hit[0]])
+        assert abs(x0 - left) <= width / 10 + 1e-3 and abs(x1 - left - width) <= width / 10 + 1e-3
+        assert abs(y0 - top) <= height / 10 + 1e-3 and abs(y1 - top - height) <= height / 10 + 1e-3
+
+
+def test_pictures_with_few_things_give_what_they_have(records: list[ImageRecord]) -> None:
+    decoder = MaskDecoder(tiny_sam())
+    rows, _, targets = _prompts(records, decoder, 99, random.Random(0), side=64)
+    wanted = [row for row, record in enumerate(records) for _ in record.masks]
+    assert rows.tolist() == wanted and len(targets) == len(wanted)

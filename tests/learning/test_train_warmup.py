@@ -1,0 +1,80 @@
+"""The two losses of warm-up."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import policy_config, tiny_qwen_policy
+
+from segcompass.data.samples import read_dataset
+from segcompass.io.images import load_image
+from segcompass.learning.corpus import DENSE_TARGETS, IGNORED
+from segcompass.learning.train_warmup import DenseHeads, answer_loss
+from segcompass.reasoning.loading import load_policy
+from segcompass.types import TokenKind
+
+CELLS = 4
+
+
+def uniform_heads() -> DenseHeads:
+    """Read-outs that find every class equally likely."""
+    heads = DenseHeads(3)
+    for parameter in heads.parameters():
+        torch.nn.init.zeros_(parameter)
+    return heads
+
+
+def test_dense_loss_by_hand() -> None:
+    targets = {name: torch.zeros(CELLS, dtype=torch.long) for name in DENSE_TARGETS}
+    found = uniform_heads().losses(torch.randn(CELLS, 3), targets, background=0.15)
+    assert found["loss"].item() == pytest.approx(sum(map(math.log, DENSE_TARGETS.values())))
+    assert found["acc_here_colour"].item() == 1  # class 0 is the first of equals
+
+
+def test_empty_cells_weigh_less() -> None:
+    """Three empty cells of weight 0.1 against one with a thing of weight 1."""
+    heads = uniform_heads()
+    heads.heads["here_category"].bias.data[-1] = math.log(DENSE_TARGETS["here_category"] - 1)
+    half = math.log(2)  # "nothing" now has probability 1/2, each thing 1/2 / (classes - 1)
+    thing = math.log(2 * (DENSE_TARGETS["here_category"] - 1))
+    targets = {name: torch.full((CELLS,), IGNORED) for name in DENSE_TARGETS}
+    nothing = DENSE_TARGETS["here_category"] - 1
+    targets["here_category"] = torch.tensor([0, nothing, nothing, nothing])
+    found = heads.losses(torch.zeros(CELLS, 3), targets, background=0.1)
+    assert found["loss"].item() == pytest.approx((thing + 0.3 * half) / 1.3)
+    assert found["acc_here_category"].item() == 0  # judged where something is, and it said nothing
+
+
+def test_a_batch_without_any_such_cell_has_a_loss() -> None:
+    heads = uniform_heads()
+    targets = {name: torch.full((CELLS,), IGNORED) for name in DENSE_TARGETS}
+    loss = heads.losses(torch.randn(CELLS, 3), targets, background=0.1)["loss"]
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == 0
+
+
+def test_answers_are_judged_token_by_token(tmp_path: Path, scenes_root: Path) -> None:
+    """Thought, concentration tokens and end-of-text count; prompt and padding do not."""
+    policy = load_policy(tiny_qwen_policy(tmp_path / "policy"), policy_config("qwen2_5_vl"))
+    samples = read_dataset(scenes_root, "train")[:2]
+    visuals = [policy.backbone.prepare(load_image(s.image_path)) for s in samples]
+    instructions, thoughts = [s.instruction for s in samples], ["red", "the red mug at b3."]
+    sequences = policy.encode(visuals, instructions, thoughts)
+    _, hidden = policy(sequences, visuals)
+    loss, right = answer_loss(policy, sequences, hidden)
+    log_probabilities, hits = [], []
+    for row, (thought, instruction) in enumerate(zip(thoughts, instructions, strict=True)):
+        answer = policy.prompt.encode_answer(thought).ids
+        prompt = policy.encode(visuals[row : row + 1], [instruction]).ids[0].tolist()
+        ids = sequences.ids[row].tolist()
+        assert ids[-len(answer) - len(prompt) :] == prompt + answer
+        said = policy.language_logits(hidden[row]).double().log_softmax(-1)
+        for at in range(len(ids) - len(answer), len(ids)):
+            log_probabilities.append(said[at - 1, ids[at]].item())
+            hits.append(said[at - 1].argmax().item() == ids[at])
+    assert loss.item() == pytest.approx(-sum(log_probabilities) / len(log_probabilities), rel=1e-4)
+    assert right.item() == pytest.approx(sum(hits) / len(hits))
+    assert (sequences.kinds == TokenKind.PADDING).any()  # one of them is shorter
