@@ -11,12 +11,21 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from segcompass.grounding.slot_mapper import MAP_BIAS, SlotMapper, SlotMapperConfig
+from segcompass.grounding.slot_mapper import (
+    MAP_BIAS,
+    SlotMapper,
+    SlotMapperConfig,
+    axis_waves,
+)
 
 
-def make(confidence: Literal["scores", "query"] = "scores", seed: int = 0) -> SlotMapper:
+def make(
+    confidence: Literal["scores", "query"] = "scores", seed: int = 0, waves: int = 2
+) -> SlotMapper:
     torch.manual_seed(seed)
-    config = SlotMapperConfig(heads=3, head_width=8, confidence=confidence)
+    config = SlotMapperConfig(
+        heads=3, head_width=8, confidence=confidence, position_frequencies=waves
+    )
     return SlotMapper(config, query_width=10, key_width=12).eval()
 
 
@@ -33,10 +42,12 @@ def test_shapes(confidence: Literal["scores", "query"]) -> None:
     assert slots.confidence_logits.shape == (2, 4)
 
 
-def test_scores_are_equation_five() -> None:
-    mapper = make()
+@pytest.mark.parametrize("waves", [0, 2])
+def test_scores_are_equation_five(waves: int) -> None:
+    mapper = make(waves=waves)
     queries, keys = inputs()
     scores = mapper(queries, keys).scores
+    keys = torch.cat([keys, axis_waves(5, 7, waves).expand(2, -1, -1, -1)], dim=1)
     for head in range(3):
         rows = slice(head * 8, head * 8 + 8)
         w_q, w_k = mapper.to_q.weight[rows].T, mapper.to_k.weight[rows, :, 0, 0].T
@@ -44,6 +55,16 @@ def test_scores_are_equation_five() -> None:
             flat = keys[b].flatten(1).T  # (h*w, C)
             expected = (queries[b] @ w_q) @ (flat @ w_k).T / 8**0.5
             torch.testing.assert_close(scores[b, :, head].flatten(1), expected)
+
+
+def test_waves_tell_rows_from_columns() -> None:
+    waves = axis_waves(4, 2, 1)  # sine and cosine of half a turn down, then across
+    assert waves.shape == (4, 4, 2)
+    angles = torch.pi * torch.tensor([1, 3, 5, 7]) / 8
+    torch.testing.assert_close(waves[0, :, 0], angles.sin())
+    torch.testing.assert_close(waves[1, :, 1], angles.cos())
+    torch.testing.assert_close(waves[2, 0], torch.tensor([0.5, 0.5]).sqrt())
+    torch.testing.assert_close(waves[3, 3], torch.tensor([0.5**0.5, -(0.5**0.5)]))
 
 
 def test_without_scores_the_heatmap_is_its_prior() -> None:
@@ -71,7 +92,7 @@ def test_slots_and_images_do_not_mix(seed: int, order: list[int]) -> None:
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**16))
 def test_padding_never_reaches_the_confidence(seed: int) -> None:
-    mapper = make(seed=seed)
+    mapper = make(seed=seed, waves=0)  # with positions a cropped picture is another picture
     queries, keys = inputs(seed)
     padding = torch.zeros(2, 5, 7, dtype=torch.bool)
     padding[0, 3:] = True

@@ -187,7 +187,7 @@ class MaskDecoder(nn.Module):
             return (dense.sum() + keys.sum() * 0).expand(0, self.mask_side, self.mask_side)
         logits, iou = self.mask_decoder(
             image_embeddings=keys[rows],
-            image_positional_embeddings=self.positions(),  # one for all: it broadcasts
+            image_positional_embeddings=self._positions(),  # one for all: it broadcasts
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=best_of_three,
@@ -196,7 +196,7 @@ class MaskDecoder(nn.Module):
         decoded: Tensor = logits[torch.arange(len(rows), device=keys.device), 0, best]
         return decoded
 
-    def positions(self) -> Float[Tensor, "1 C h w"]:
+    def _positions(self) -> Float[Tensor, "1 C h w"]:
         """Positional embedding of the grid's cell centres, as SamModel computes it."""
         weight = self.shared_image_embedding.positional_embedding
         centres = (

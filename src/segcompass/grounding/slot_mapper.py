@@ -19,6 +19,9 @@ class SlotMapperConfig(BaseModel, frozen=True, extra="forbid"):
 
     heads: int = Field(4, ge=1, description="attention heads H (Eq. 5)")
     head_width: int = Field(64, ge=1, description="channels of one head")
+    position_frequencies: int = Field(
+        8, ge=0, description="waves a side that tell the keys where they are; 0 as in the paper"
+    )
     confidence: Literal["scores", "query"] = Field(
         "scores", description="what the confidence head reads: head scores (Eq. 5) or slot queries"
     )
@@ -66,6 +69,19 @@ class QueryConfidence(nn.Module):
         return logits.squeeze(-1)
 
 
+def axis_waves(height: int, width: int, frequencies: int) -> Float[Tensor, "P h w"]:
+    """Sines and cosines of each axis: what a grid position is, as ``4 * frequencies`` channels.
+
+    Frequency n makes n half-turns over the side; positions are cell centres in (0, 1).
+    """
+    turns = torch.pi * torch.arange(1, frequencies + 1)
+    y = turns[:, None] * ((torch.arange(height) + 0.5) / height)
+    x = turns[:, None] * ((torch.arange(width) + 0.5) / width)
+    rows = torch.cat([y.sin(), y.cos()])[:, :, None].expand(-1, -1, width)
+    columns = torch.cat([x.sin(), x.cos()])[:, None, :].expand(-1, height, -1)
+    return torch.cat([rows, columns])
+
+
 class SlotMapper(nn.Module):
     """Attend from K slot queries to the image keys and read off heatmaps and confidences.
 
@@ -85,7 +101,9 @@ class SlotMapper(nn.Module):
         self.config, self.query_width, self.key_width = config, query_width, key_width
         heads, inner = config.heads, config.heads * config.head_width
         self.to_q = nn.Linear(query_width, inner, bias=False)
-        self.to_k = nn.Conv2d(key_width, inner, 1, bias=False)
+        # "at b4" in a thought is a row and a column: keys that say both can be matched linearly.
+        placed_width = key_width + 4 * config.position_frequencies
+        self.to_k = nn.Conv2d(placed_width, inner, 1, bias=False)
         self.scale = config.head_width**-0.5
         last = nn.Conv2d(heads, 1, 3, padding=1)
         nn.init.constant_(cast(Tensor, last.bias), MAP_BIAS)
@@ -116,7 +134,9 @@ class SlotMapper(nn.Module):
         self._check(queries, keys)
         heads = self.config.heads
         q = self.to_q(queries).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, K, dh)
-        k = self.to_k(keys).flatten(2).unflatten(1, (heads, -1))  # (B, H, dh, h*w)
+        waves = axis_waves(keys.shape[-2], keys.shape[-1], self.config.position_frequencies)
+        waves = waves.to(keys).expand(len(keys), -1, -1, -1)
+        k = self.to_k(torch.cat([keys, waves], dim=1)).flatten(2).unflatten(1, (heads, -1))  # (B, H, dh, h*w)
         scores = ((q * self.scale) @ k).transpose(1, 2).unflatten(-1, keys.shape[-2:])
         heatmaps = self.map_head(scores.flatten(0, 1)).squeeze(1)  # (B*K, h, w)
         if isinstance(self.confidence_head, ScoreConfidence):

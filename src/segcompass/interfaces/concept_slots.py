@@ -95,9 +95,8 @@ class ConceptSlots(nn.Module):
             )
         )
         self.fusion = Fusion(policy_width, config.codebook_width)
-        # The slot mapper sees where it looks, as SAM's own decoder does: keys and positions.
         self.mapper = SlotMapper(
-            config.mapper, query_width=policy_width, key_width=2 * decoder.channels
+            config.mapper, query_width=policy_width, key_width=decoder.channels
         )
         self.decoder = decoder
 
@@ -133,8 +132,7 @@ class ConceptSlots(nn.Module):
         concepts = self.codebook(codes, readable, need_attention=need_attention)
         tokens = states.concentration_states.to(parameter.dtype)
         queries = self.fusion(tokens, concepts.vectors)
-        positions = self.decoder.positions().expand_as(keys)
-        slots = self.mapper(queries, torch.cat([keys, positions], dim=1), padding)
+        slots = self.mapper(queries, keys, padding)
         return Alignment(slots, queries, concepts.vectors, codes, concepts.slot_attention)
 
     def decode(

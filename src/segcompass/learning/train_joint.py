@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from segcompass.geometry import Frame, padding_mask
@@ -105,17 +105,19 @@ def segmentation_losses(
     sketch = dice_loss(heatmaps, matches.targets).mean()
     dice = dice_loss(logits, targets).mean()
     segmentation = bce + stage.heatmap_dice_weight * sketch + stage.dice_weight * dice
-    with torch.no_grad():
-        hit, truth = logits > 0, targets > 0.5
-        both = (hit & truth).flatten(1).sum(-1) / (hit | truth).flatten(1).sum(-1).clamp_min(1)
     return {
         "loss": result["loss"] + stage.seg_weight * segmentation,
         "confidence": confidence.detach(),
         "heatmap_bce": bce.detach(),
         "heatmap_dice": sketch.detach(),
         "dice": dice.detach(),
-        "iou": both.mean(),
+        "iou": _iou(logits > 0, targets > 0.5).mean(),
     }
+
+
+def _iou(found: Bool[Tensor, "M h w"], truth: Bool[Tensor, "M h w"]) -> Float[Tensor, "M"]:
+    either = (found | truth).flatten(1).sum(-1).clamp_min(1)
+    return (found & truth).flatten(1).sum(-1) / either
 
 
 def freeze(

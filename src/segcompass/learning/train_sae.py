@@ -32,15 +32,13 @@ def train_sae(
     # Inputs of norm sqrt(D) make learning rate and L1 weight independent of the policy.
     scale = float(policy.width**0.5 / (states - mean).norm(dim=-1).mean())
     torch.manual_seed(config.seed)
-    sae = SparseAutoencoder(
-        SparseAutoencoderConfig(
-            d_in=policy.width,
-            d_sae=stage.latents,
-            threshold=stage.threshold,
-            apply_b_dec_to_input=True,  # centred, so no latent is spent on the mean
-        ),
-        mean=mean * scale,
+    sizes = SparseAutoencoderConfig(
+        d_in=policy.width,
+        d_sae=stage.latents,
+        threshold=stage.threshold,
+        apply_b_dec_to_input=True,  # centred, so no latent is spent on the mean
     )
+    sae = SparseAutoencoder(sizes, mean=mean * scale)
     loop = Loop(folder, "sae", {"sae": sae}, stage, config.seed)
     loop.resume()
 
