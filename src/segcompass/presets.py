@@ -221,8 +221,7 @@ def _shapes(
     concepts = _concepts(interface, tap.sae[0])
     tokens = tap.final[0][:, -preset.use.prompt.slots :]
     queries = interface.fusion(tokens, concepts.vectors)
-    positions = interface.decoder.positions().expand_as(keys)
-    slots = interface.mapper(queries, torch.cat([keys, positions], dim=1))
+    slots = interface.mapper(queries, keys)
     masks = interface.decode(keys, slots)
     found = {
         "SAE states (B L D)": tap.sae[0],

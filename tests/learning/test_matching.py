@@ -125,3 +125,11 @@ def test_maps_that_are_not_finite_leave_the_complaint_to_the_loop() -> None:
     logits, confidence, targets = scene(1, 4, 2)
     logits[0, 1] = torch.nan
     assert len(match(logits, confidence, [targets]).slots) == 2
+
+
+def test_order_settles_who_owns_what_while_all_slots_draw_alike() -> None:
+    targets = [torch.eye(3)[:, :, None].expand(3, 3, 3).contiguous()]
+    maps, confidences = torch.zeros(1, 4, 3, 3), torch.zeros(1, 4)
+    matches = match(maps, confidences, targets, order=0.1)
+    assert matches.slots.tolist() == [0, 1, 2]
+    assert matches.indices.tolist() == [0, 1, 2]

@@ -24,6 +24,7 @@ from segcompass.learning.corpus import target_grid
 from segcompass.learning.loop import Loop, Losses
 from segcompass.learning.losses import dice_loss, map_bce
 from segcompass.learning.train_joint import (
+    PlaceHead,
     freeze,
     key_memo,
     segmentation_losses,
@@ -151,7 +152,7 @@ def judge(
         chosen = (torch.tensor([image]), torch.tensor([slot]))
         return parts.interface.decode(keys, slots, frames=frames, select=chosen)
 
-    found = segmentation_losses(parts.interface, keys, slots, samples, frames, stage())
+    found, _ = segmentation_losses(parts.interface, keys, slots, samples, frames, stage())
     return found, decode
 
 
@@ -207,3 +208,22 @@ def test_keys_are_those_of_predict(assemble: Callable[..., Parts], tmp_path: Pat
     found = key_memo(encoder, [path])(path)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted.bfloat16(), atol=0, rtol=0)
+
+
+def test_the_place_head_wants_the_centre_of_mass() -> None:
+    """The loss is that of the right bins, and a step along it makes them likelier."""
+    torch.manual_seed(0)
+    place = PlaceHead(16)
+    queries = torch.zeros(1, 16, requires_grad=True)
+    target = torch.zeros(1, 16, 16)
+    target[0, 2:4, 4:6] = 1.0  # rows 2–3 and columns 4–5 of 16: row b, column 3 of 8
+    loss = place.loss(queries, target)
+    loss.backward()
+    moved = (queries - queries.grad).detach()
+    for head, bin_ in ((place.rows, 1), (place.columns, 2)):
+        before, after = head(queries).log_softmax(-1), head(moved).log_softmax(-1)
+        assert after[0, bin_] > before[0, bin_]
+    expected = -(
+        place.rows(queries).log_softmax(-1)[0, 1] + place.columns(queries).log_softmax(-1)[0, 2]
+    )
+    torch.testing.assert_close(loss, expected)

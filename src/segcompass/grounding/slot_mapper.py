@@ -136,7 +136,9 @@ class SlotMapper(nn.Module):
         q = self.to_q(queries).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, K, dh)
         waves = axis_waves(keys.shape[-2], keys.shape[-1], self.config.position_frequencies)
         waves = waves.to(keys).expand(len(keys), -1, -1, -1)
-        k = self.to_k(torch.cat([keys, waves], dim=1)).flatten(2).unflatten(1, (heads, -1))  # (B, H, dh, h*w)
+        k = (
+            self.to_k(torch.cat([keys, waves], dim=1)).flatten(2).unflatten(1, (heads, -1))
+        )  # (B, H, dh, h*w)
         scores = ((q * self.scale) @ k).transpose(1, 2).unflatten(-1, keys.shape[-2:])
         heatmaps = self.map_head(scores.flatten(0, 1)).squeeze(1)  # (B*K, h, w)
         if isinstance(self.confidence_head, ScoreConfidence):

@@ -96,6 +96,10 @@ class JointStage(OptimizerConfig, frozen=True):
     heatmap_dice_weight: float = Field(0.0, description="dice on the heatmaps; not in Eq. 6")
     group: int = Field(16, ge=1, description="batches that are sorted by length together")
     samples: int | None = Field(None, ge=1, description="only the first so many samples")
+    order_weight: float = Field(0.0, ge=0, description="see learning/matching.py")
+    place_weight: float = Field(
+        0.0, ge=0, description="row and column of its target, read off a slot's query"
+    )
     language_weight: float = Field(0.0, description="cross-entropy of the oracle's answer")
     train_upper_layers: bool = Field(True, description="the policy's layers after the SAE layer")
     multipliers: Multipliers = Multipliers()

@@ -26,6 +26,8 @@ def match(
     heatmap_logits: Float[Tensor, "B K h w"],
     confidence_logits: Float[Tensor, "B K"],
     targets: list[Float[Tensor, "N h w"]],
+    *,
+    order: float = 0.0,
 ) -> Matches:
     """Assign at most one slot to every target, at least cost.
 
@@ -37,6 +39,8 @@ def match(
         heatmap_logits: Of all slots.
         confidence_logits: Of all slots.
         targets: Coverage maps of each image's instances; more than K leave some unmatched.
+        order: Cost of each place that a slot is away from its target's place in the list. A small
+            one settles who owns what while all slots still draw alike.
     """
     images, slots, chosen, indices = [], [], [], []
     for image, wanted in enumerate(targets):
@@ -44,6 +48,9 @@ def match(
             continue
         cost = pairwise_dice(heatmap_logits[image], wanted)
         cost = cost - confidence_logits[image].sigmoid()[:, None]
+        slot_numbers = torch.arange(len(cost), device=cost.device)
+        target_numbers = torch.arange(len(wanted), device=cost.device)
+        cost = cost + order * (slot_numbers[:, None] - target_numbers[None]).abs()
         cost = cost.nan_to_num()  # the loss will be NaN too, and it is the loop that tells so
         rows, columns = linear_sum_assignment(cost.float().cpu().numpy())
         images += [image] * len(rows)

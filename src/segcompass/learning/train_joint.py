@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from segcompass.learning.corpus import (
 )
 from segcompass.learning.loop import Loop, Losses, grouped_indices
 from segcompass.learning.losses import confidence_bce, dice_loss, map_bce
-from segcompass.learning.matching import match
+from segcompass.learning.matching import Matches, match
 from segcompass.learning.train_warmup import answer_loss
 from segcompass.reasoning.policy import Policy
 from segcompass.types import Sample, Slots
@@ -45,7 +46,8 @@ def train_joint(
     """Train everything after the SAE layer on masks; see `JointStage` for the weights."""
     samples = read_samples(config.data)[: stage.samples]
     paths = [s.image_path for s in samples]
-    trained = freeze(policy, encoder, interface, stage)
+    place = PlaceHead(policy.width)
+    trained = {**freeze(policy, encoder, interface, stage), "place": place}
     loop = Loop(folder, "joint", trained, stage, config.seed, stage.multipliers.model_dump())
     loop.resume()
     visuals = visual_memo(policy.backbone)
@@ -64,7 +66,13 @@ def train_joint(
         frames = [Frame.fit(s.image_hw, encoder.side) for s in batch]
         padding = padding_mask(frames, encoder.grid)
         alignment = interface.align(states, stacked, padding=padding)
-        result = segmentation_losses(interface, stacked, alignment.slots, batch, frames, stage)
+        result, matches = segmentation_losses(
+            interface, stacked, alignment.slots, batch, frames, stage
+        )
+        if stage.place_weight > 0 and len(matches.images):
+            where = place.loss(alignment.queries[matches.images, matches.slots], matches.targets)
+            result["loss"] = result["loss"] + stage.place_weight * where
+            result["place"] = where.detach()
         with torch.set_grad_enabled(stage.language_weight > 0):
             language, _ = answer_loss(policy, sequences, hidden)
         if stage.language_weight > 0:
@@ -81,7 +89,7 @@ def segmentation_losses(
     batch: list[Sample],
     frames: list[Frame],
     stage: JointStage,
-) -> Losses:
+) -> tuple[Losses, Matches]:
     """L_seg and L_conf of Eq. 6 on matched slots, and how good the matched masks are.
 
     Only matched slots are decoded. Slots of pictures without a target learn to be unsure.
@@ -89,13 +97,13 @@ def segmentation_losses(
     side, grid = frames[0].side, keys.shape[-1]
     coarse = [target_grid(s.targets, s.image_hw, side, grid) for s in batch]
     fine = [target_grid(s.targets, s.image_hw, side, 4 * grid) for s in batch]
-    matches = match(slots.heatmap_logits, slots.confidence_logits, coarse)
+    matches = match(slots.heatmap_logits, slots.confidence_logits, coarse, order=stage.order_weight)
     matched = torch.zeros_like(slots.confidence_logits)
     matched[matches.images, matches.slots] = 1.0
     confidence = confidence_bce(slots.confidence_logits, matched)
     result = {"loss": stage.conf_weight * confidence, "confidence": confidence.detach()}
     if len(matches.images) == 0:
-        return result
+        return result, matches
     chosen = (matches.images, matches.slots)
     heatmaps = slots.heatmap_logits[chosen]
     logits = interface.decode(keys, slots, frames=frames, select=chosen)
@@ -105,7 +113,7 @@ def segmentation_losses(
     sketch = dice_loss(heatmaps, matches.targets).mean()
     dice = dice_loss(logits, targets).mean()
     segmentation = bce + stage.heatmap_dice_weight * sketch + stage.dice_weight * dice
-    return {
+    figures = {
         "loss": result["loss"] + stage.seg_weight * segmentation,
         "confidence": confidence.detach(),
         "heatmap_bce": bce.detach(),
@@ -113,11 +121,38 @@ def segmentation_losses(
         "dice": dice.detach(),
         "iou": _iou(logits > 0, targets > 0.5).mean(),
     }
+    return figures, matches
 
 
 def _iou(found: Bool[Tensor, "M h w"], truth: Bool[Tensor, "M h w"]) -> Float[Tensor, "M"]:
     either = (found | truth).flatten(1).sum(-1).clamp_min(1)
     return (found & truth).flatten(1).sum(-1) / either
+
+
+class PlaceHead(nn.Module):
+    """Reads a target's row and column off its slot's query; only while training.
+
+    Maps alone teach this slowly: for long, every slot draws every object. Told the place, queries
+    soon carry it in a form that the mapper's positional keys can match.
+    """
+
+    BINS = 8
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.Linear(width, self.BINS), nn.Linear(width, self.BINS)
+
+    def loss(
+        self, queries: Float[Tensor, "M D"], targets: Float[Tensor, "M h w"]
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy of the bins that hold the targets' centres of mass."""
+        mass = targets.flatten(1).sum(-1).clamp_min(1e-6)
+        scale = torch.linspace(0, self.BINS, targets.shape[-1] + 1)[:-1].to(targets)
+        scale = scale + self.BINS / targets.shape[-1] / 2  # centres of cells, in bins
+        rows = (targets.sum(2) @ scale / mass).long().clamp_max(self.BINS - 1)
+        columns = (targets.sum(1) @ scale / mass).long().clamp_max(self.BINS - 1)
+        by_row = F.cross_entropy(self.rows(queries), rows)
+        return by_row + F.cross_entropy(self.columns(queries), columns)
 
 
 def freeze(
@@ -129,7 +164,7 @@ def freeze(
     interface.sae.requires_grad_(False)
     parts: dict[str, nn.Module] = {
         "codebook": interface.codebook,
-        "head": nn.ModuleDict({"fusion": interface.fusion, "mapper": interface.mapper}),
+        "head": nn.ModuleList([interface.fusion, interface.mapper]),
         "decoder": interface.decoder,
     }
     if stage.train_upper_layers:
