@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from segcompass.io.errors import ImageError, UnsafeFileError
+from segcompass.io.errors import ImageError, SegCompassError, UnsafeFileError
 
 UInt8Array = npt.NDArray[np.uint8]
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
@@ -121,7 +121,7 @@ def _plain_file(source: str | Path) -> Path:
         if not path.is_file():
             raise UnsafeFileError(f"{path}: is a device, pipe or socket; only plain files are read")
     except (OSError, ValueError) as error:  # name too long, NUL inside
-        if isinstance(error, ImageError):
+        if isinstance(error, SegCompassError):
             raise
         raise ImageError(f"{text[:80]!r}: cannot be a file name ({error})") from error
     return path
@@ -177,7 +177,7 @@ def _from_pillow(image: Image.Image, name: str, max_pixels: int) -> UInt8Array:
     try:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image), name)
-    except ImageError:
+    except SegCompassError:
         raise
     except Exception as error:  # decoders of untrusted bytes may raise anything; named here
         raise ImageError(
