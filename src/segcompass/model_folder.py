@@ -157,6 +157,8 @@ def save_model(
     }
     checkpoints.write_binding(partial, config.model_dump(mode="json"), versions)
     partial.chmod(0o755)
+    for file in partial.rglob("*"):  # safetensors writes private files
+        file.chmod(0o755 if file.is_dir() else 0o644)
     checkpoints.replace_folder(partial, folder)
 
 
