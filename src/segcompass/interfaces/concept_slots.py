@@ -25,6 +25,11 @@ from segcompass.types import ReasoningBatch, Slots, TokenKind
 READ_BY_SAE = (TokenKind.TEMPLATE, TokenKind.IMAGE, TokenKind.INSTRUCTION, TokenKind.THOUGHT)
 
 
+def read_by_sae(states: ReasoningBatch) -> Bool[Tensor, "B L"]:
+    """Which tokens the SAE reads: prompt and thought, never padding or concentration tokens."""
+    return torch.stack([states.token_kinds == kind for kind in READ_BY_SAE]).any(0)
+
+
 class HeadConfig(BaseModel, frozen=True, extra="forbid"):
     """Sizes of everything between the policy's states and the slots."""
 
@@ -123,9 +128,7 @@ class ConceptSlots(nn.Module):
             padding: Grid cells that show no image.
             need_attention: Also tell which tokens each slot reads.
         """
-        readable = torch.zeros_like(states.token_kinds, dtype=torch.bool)
-        for kind in READ_BY_SAE:
-            readable |= states.token_kinds == kind
+        readable = read_by_sae(states)
         parameter = self.fusion.mix.weight
         codes = self.sae.encode_sparse(states.sae_states[readable].to(parameter.dtype))
         codes = spread_rows(codes, readable.flatten())

@@ -22,6 +22,7 @@ from segcompass.io.images import load_image
 from segcompass.io.masks import decode
 from segcompass.learning.config import DataConfig
 from segcompass.reasoning.backbones import Backbone, VisualInput
+from segcompass.reasoning.policy import Policy, Sequences
 from segcompass.types import NamedObject, Rle, Sample
 
 T = TypeVar("T")
@@ -116,6 +117,15 @@ def visual_memo(backbone: Backbone) -> Memo[VisualInput]:
         return visual._replace(pixels=visual.pixels.to(backbone.model.dtype))
 
     return Memo(make)
+
+
+def encode_answers(
+    policy: Policy, batch: Sequence[Sample], visuals: Memo[VisualInput]
+) -> tuple[list[VisualInput], Sequences]:
+    """A batch's pictures, and its prompts with the oracle's whole answers."""
+    pictures = [visuals(s.image_path) for s in batch]
+    thoughts = [s.thought or "" for s in batch]
+    return pictures, policy.encode(pictures, [s.instruction for s in batch], thoughts)
 
 
 def feature_memo(

@@ -22,6 +22,7 @@ from segcompass.io.images import load_image
 from segcompass.learning.config import JointStage, RunConfig
 from segcompass.learning.corpus import (
     BlockMemo,
+    encode_answers,
     feature_memo,
     read_samples,
     target_grid,
@@ -57,9 +58,7 @@ def train_joint(
     def losses(step: int) -> Losses:
         chosen = grouped_indices(step, stage.batch, lengths, stage.group, config.seed)
         batch = [samples[i] for i in chosen]
-        pictures = [visuals(s.image_path) for s in batch]
-        thoughts = [s.thought or "" for s in batch]
-        sequences = policy.encode(pictures, [s.instruction for s in batch], thoughts)
+        pictures, sequences = encode_answers(policy, batch, visuals)
         seen = [features(s.image_path) for s in batch]
         states, hidden = policy(sequences, pictures, seen)
         stacked = torch.stack([keys(s.image_path).float() for s in batch])

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
-from segcompass.interfaces.concept_slots import READ_BY_SAE
+from segcompass.interfaces.concept_slots import read_by_sae
 from segcompass.learning.config import RunConfig, SaeStage
-from segcompass.learning.corpus import read_samples, visual_memo
+from segcompass.learning.corpus import encode_answers, read_samples, visual_memo
 from segcompass.learning.loop import Loop, Losses, batch_indices
 from segcompass.reasoning.policy import Policy
 from segcompass.types import Sample
@@ -71,13 +71,7 @@ def collect_states(
     visuals = visual_memo(policy.backbone)
     kept = []
     for start in range(0, len(samples), batch):
-        group = samples[start : start + batch]
-        pictures = [visuals(s.image_path) for s in group]
-        thoughts = [s.thought or "" for s in group]
-        sequences = policy.encode(pictures, [s.instruction for s in group], thoughts)
+        pictures, sequences = encode_answers(policy, samples[start : start + batch], visuals)
         states, _ = policy(sequences, pictures)
-        readable = torch.zeros_like(states.token_kinds, dtype=torch.bool)
-        for kind in READ_BY_SAE:
-            readable |= states.token_kinds == kind
-        kept.append(states.sae_states[readable].float())
+        kept.append(states.sae_states[read_by_sae(states)].float())
     return torch.cat(kept)

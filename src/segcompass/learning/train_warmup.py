@@ -22,6 +22,7 @@ from segcompass.learning.config import LanguageStage, RunConfig, VisionStage
 from segcompass.learning.corpus import (
     DENSE_TARGETS,
     dense_targets,
+    encode_answers,
     feature_memo,
     read_pictures,
     read_samples,
@@ -104,9 +105,7 @@ def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, fold
     def losses(step: int) -> Losses:
         chosen = grouped_indices(step, stage.batch, lengths, stage.group, config.seed)
         batch = [samples[i] for i in chosen]
-        pictures = [visuals(s.image_path) for s in batch]
-        thoughts = [s.thought or "" for s in batch]
-        sequences = policy.encode(pictures, [s.instruction for s in batch], thoughts)
+        pictures, sequences = encode_answers(policy, batch, visuals)
         seen = [features(s.image_path) for s in batch] if features else None
         _, hidden = policy(sequences, pictures, seen)
         loss, accuracy = answer_loss(policy, sequences, hidden)

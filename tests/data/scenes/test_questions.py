@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from segcompass.data.scenes.catalog import CATEGORIES, COLOURS, Scene, Thing, reading_order
 from segcompass.data.scenes.grammar import NOTHING, closing, describe, entry, name, resolve
-from segcompass.data.scenes.phrasings import HELD_OUT_MARK, PARTS, PHRASINGS, TODO
+from segcompass.data.scenes.phrasings import HELD_OUT_MARK, PARTS, PHRASINGS, PURPOSES
 from segcompass.data.scenes.questions import FORMS, KINDS, Question, ask
 from segcompass.data.scenes.world import sample_scene
 
@@ -168,7 +168,7 @@ def fits_words(one: Seen, words: str) -> bool:
 def nouns(phrase: str, seen: list[Seen]) -> list[Seen]:
     """The things that "[leftmost] [large] [round] [red] mugs [to eat | with a handle]" fits."""
     pool = list(seen)
-    for use, todo in TODO.items():
+    for use, todo in PURPOSES.items():
         if phrase.endswith(f" {todo}"):
             pool = [one for one in pool if use in CATEGORIES[one.category].uses]
             phrase = phrase.removesuffix(f" {todo}")
@@ -284,7 +284,7 @@ def test_every_small_picture_can_be_asked_about() -> None:
     scenes = [sample_scene(Random(i), split="train") for i in range(120)]
     for scene in (scene for scene in scenes if len(scene.things) == 3):
         for kind in KINDS:
-            ask(scene, Random(1), split="train", kind=kind)
+            assert ask(scene, Random(1), split="train", kind=kind).kind == kind
 
 
 def test_wrong_arguments_are_named() -> None:

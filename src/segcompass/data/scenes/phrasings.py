@@ -617,7 +617,7 @@ SIDES: dict[str, tuple[str, ...]] = {  # the first is the canonical one
 }
 LARGEST: tuple[str, ...] = ("largest", "biggest")
 BIGGER: tuple[str, ...] = ("bigger than", "larger than")
-TODO: dict[str, str] = {  # keys of catalog.USES
+PURPOSES: dict[str, str] = {  # keys of catalog.USES
     "drink": "to drink from",
     "eat": "to eat",
     "read": "to read",

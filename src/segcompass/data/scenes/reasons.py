@@ -32,7 +32,7 @@ from segcompass.data.scenes.nouns import (
     pick_reference,
     pick_superlative,
 )
-from segcompass.data.scenes.phrasings import PARTS, SIDES, TODO
+from segcompass.data.scenes.phrasings import PARTS, PURPOSES, SIDES
 
 SHARED_PARTS = tuple(  # "things with pages that are not books" would ask for nothing
     part for part in PARTS if sum(part in kind.parts for kind in CATEGORIES.values()) > 1
@@ -127,7 +127,7 @@ def _pick_use(view: View, rng: Random, known: bool) -> str:
     """Choose a use of something in the picture, or any use."""
     if known:
         return rng.choice(CATEGORIES[rng.choice(view.things).category].uses)
-    return rng.choice(list(TODO))
+    return rng.choice(list(PURPOSES))
 
 
 def _pick_part(view: View, rng: Random, known: bool) -> str | None:
@@ -144,7 +144,9 @@ def _knowledge(subject: str, names: Iterable[str]) -> str:
 
 
 def _of_use(use: str) -> str:
-    return _knowledge(f"Things {TODO[use]}", (n for n, c in CATEGORIES.items() if use in c.uses))
+    return _knowledge(
+        f"Things {PURPOSES[use]}", (n for n, c in CATEGORIES.items() if use in c.uses)
+    )
 
 
 def _with_part(part: str) -> str:
@@ -156,8 +158,8 @@ def use(view: View, rng: Random, want: int) -> Draft | None:
     """Something to drink from; I am thirsty."""
     sake = _pick_use(view, rng, want > 0)
     asked = "any" if rng.random() < 0.4 else sake
-    targets, sought = _users(view, sake), f"things {TODO[sake]}"
-    return Draft(targets, sought, (_of_use(sake),), (asked,), {"todo": TODO[sake]})
+    targets, sought = _users(view, sake), f"things {PURPOSES[sake]}"
+    return Draft(targets, sought, (_of_use(sake),), (asked,), {"todo": PURPOSES[sake]})
 
 
 def use_not(view: View, rng: Random, want: int) -> Draft | None:
@@ -167,8 +169,8 @@ def use_not(view: View, rng: Random, want: int) -> Draft | None:
     colour = view.things[rng.choice(users)].colour
     targets = tuple(i for i in users if view.things[i].colour != colour)
     steps = (_of_use(sake), keep(users, view))
-    slots = {"todo": TODO[sake], "attr": colour, "an_attr": article(colour)}
-    return Draft(targets, f"things {TODO[sake]} that are not {colour}", steps, ("any",), slots)
+    slots = {"todo": PURPOSES[sake], "attr": colour, "an_attr": article(colour)}
+    return Draft(targets, f"things {PURPOSES[sake]} that are not {colour}", steps, ("any",), slots)
 
 
 def use_colour(view: View, rng: Random, want: int) -> Draft | None:
@@ -178,8 +180,8 @@ def use_colour(view: View, rng: Random, want: int) -> Draft | None:
     colour = view.things[rng.choice(users)].colour if want and users else _any_colour(view, rng)
     targets = tuple(i for i in users if view.things[i].colour == colour)
     steps = (_of_use(sake), keep(users, view))
-    slots = {"todo": TODO[sake], "attr": colour}
-    return Draft(targets, f"{colour} things {TODO[sake]}", steps, ("any",), slots)
+    slots = {"todo": PURPOSES[sake], "attr": colour}
+    return Draft(targets, f"{colour} things {PURPOSES[sake]}", steps, ("any",), slots)
 
 
 def _any_colour(view: View, rng: Random) -> str:
@@ -196,8 +198,8 @@ def use_extreme(view: View, rng: Random, want: int) -> Draft | None:
     if (users and best is None) or (want and len(users) < 2):
         return None
     steps = (_of_use(sake), keep(users, view))
-    slots = {"todo": TODO[sake], "pole": pole, "edge": POLES[pole]}
-    return Draft(maybe(best), f"the {pole} thing {TODO[sake]}", steps, ("one",), slots)
+    slots = {"todo": PURPOSES[sake], "pole": pole, "edge": POLES[pole]}
+    return Draft(maybe(best), f"the {pole} thing {PURPOSES[sake]}", steps, ("one",), slots)
 
 
 def use_half(view: View, rng: Random, want: int) -> Draft | None:
@@ -208,8 +210,8 @@ def use_half(view: View, rng: Random, want: int) -> Draft | None:
     if targets is None:
         return None
     steps = (_of_use(sake), keep(users, view))
-    sought = f"things {TODO[sake]} in the {side} half"
-    return Draft(targets, sought, steps, ("any",), {"todo": TODO[sake], "half": side})
+    sought = f"things {PURPOSES[sake]} in the {side} half"
+    return Draft(targets, sought, steps, ("any",), {"todo": PURPOSES[sake], "half": side})
 
 
 def part(view: View, rng: Random, want: int) -> Draft | None:
