@@ -143,9 +143,10 @@ def test_a_file_that_was_not_there_is_refused(copy: Path) -> None:
 
 
 def test_notes_beside_the_parts_are_nobodys_business(copy: Path) -> None:
+    before = load_model(copy).fingerprint
     (copy / "README.md").write_text("my notes")
     (copy / ".gitattributes").write_text("*")
-    load_model(copy)
+    assert load_model(copy).fingerprint == before
 
 
 class TestForgedFolders:
