@@ -211,16 +211,20 @@ def test_every_answer_follows_from_the_words_of_its_thought() -> None:
 
 
 def test_every_step_is_true() -> None:
-    """What a step says of a thing holds, and what is kept contains the answer."""
+    """What a step says of a thing holds, and every look goes through exactly what is left."""
     for scene, question in asked("train"):
         first, listing, *steps, _ = sentences(question.thought)
-        seen, kept = read_listing(listing), None
+        seen = read_listing(listing)
+        targets = [name(scene.things[i]) for i in question.targets]
+        left, looks = [one.name for one in seen], 0
         said: Seen | None = None
         for step in steps:
-            if m := re.fullmatch(r"I keep (.*)\.", step):
-                kept = [] if m[1] == "nothing" else re.split(", | and ", m[1])
-                assert set(kept) <= {one.name for one in seen}
-                assert {name(scene.things[i]) for i in question.targets} <= set(kept), question
+            if m := re.fullmatch(r"(I check|Of these) (.*)\.", step):
+                verdicts = [words.rsplit(" ", 1) for words in m[2].split(", ")]
+                assert [thing for thing, _ in verdicts] == left
+                assert (m[1] == "Of these") == (looks > 0)
+                left, looks = [thing for thing, verdict in verdicts if verdict == "yes"], looks + 1
+                assert set(targets) <= set(left), question
             elif m := re.fullmatch(r"Closest is (.*)\.", step):
                 assert said is not None
                 here = said
@@ -237,7 +241,8 @@ def test_every_step_is_true() -> None:
                 pool = nouns(f"things {m[1]} {m[2]}", seen)
                 kinds = {PLURALS[word] for word in re.split(", | and ", m[3])}
                 assert pool == [one for one in seen if one.category in kinds]
-        assert sum(len(step.split()) for step in steps) <= 24
+        assert looks in (1, 2) and left == targets, question
+        assert len(question.thought.split()) <= 150
 
 
 def test_limits_of_length_number_and_likeness() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
-from segcompass.data.scenes.nouns import Noun, View, article
+from segcompass.data.scenes.nouns import Noun, Step, View, article
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Draft:
 
     targets: tuple[int, ...]  # sorted indices into the scene's things
     sought: str  # the canonical meaning: "I look for <sought>."
-    steps: tuple[str, ...]
+    steps: tuple[Step, ...]
     groups: tuple[str, ...]  # of the form's phrasings
     slots: dict[str, str]
 

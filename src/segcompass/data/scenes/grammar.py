@@ -2,13 +2,14 @@
 
 name     colour category cell                      red mug b4
 entry    [size] [texture] colour category cell     small striped blue book c7
+check    I check NAME yes, NAME no. | Of these NAME no.     red mug b4 yes
 closing  So the answer is A. | So the answer is A, B and C. | So nothing matches.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Protocol
 
 from segcompass.data.scenes.catalog import CATEGORIES, COLOURS, Scene
@@ -57,6 +58,16 @@ def enumerate_words(words: Sequence[str]) -> str:
 def describe(scene: Scene) -> str:
     """List everything in the picture in reading order: the caption, and a thought's second part."""
     return f"I see {', '.join(entry(thing) for thing in scene.things)}."
+
+
+def check(things: Sequence[Named], chosen: Container[int], *, again: bool = False) -> str:
+    """Go through things one by one, "I check red mug b4 yes."; ``chosen`` are positions in them.
+
+    A verdict needs the name beside it and what was sought; choosing several names from the listing
+    at once would need all of them together.
+    """
+    verdicts = [f"{name(thing)} {'yes' if i in chosen else 'no'}" for i, thing in enumerate(things)]
+    return f"{'Of these' if again else 'I check'} {', '.join(verdicts)}."
 
 
 def closing(things: Iterable[Named]) -> str:

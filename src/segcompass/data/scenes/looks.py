@@ -24,7 +24,6 @@ from segcompass.data.scenes.nouns import (
     article,
     extreme,
     is_step,
-    keep,
     noun,
     pick_attribute,
     pick_noun,
@@ -141,7 +140,7 @@ def biggest(view: View, rng: Random, want: int) -> Draft | None:
     if found.members and best is None:
         return None
     shown = rng.choice(LARGEST) if most == "largest" else most
-    steps = found.steps(found.members, view)
+    steps = found.steps(found.members)
     slots = words(found) | {"most": shown}
     return Draft(maybe(best), f"the {most} {found.one}", steps, ("one",), slots)
 
@@ -192,7 +191,7 @@ def shaped(view: View, rng: Random, want: int) -> Draft | None:
     if found is None:
         return None
     form = _pick_form(view, rng) if want else rng.choice(("round", "tall", "flat", "boxy"))
-    steps = () if found.bare else (keep(_of_form(view, form, everything(view)), view),)
+    steps = () if found.bare else (_of_form(view, form, everything(view)),)
     targets = _of_form(view, form, found)
     many = plural(rng, want)
     sought = f"all {form} {found.many}" if many else f"the {form} {found.one}"
@@ -215,7 +214,7 @@ def shaped_not(view: View, rng: Random, want: int) -> Draft | None:
     return Draft(
         targets,
         f"{sought} {that(many)} not {word}",
-        (keep(shapely, view),),
+        (shapely,),
         groups(many),
         slots,
     )

@@ -13,7 +13,7 @@ from math import hypot
 from random import Random
 
 from segcompass.data.scenes.catalog import CATEGORIES, COLOURS, SIZES, TEXTURES, Thing
-from segcompass.data.scenes.grammar import enumerate_words, name
+from segcompass.data.scenes.grammar import name
 from segcompass.data.scenes.world import is_held_out
 
 ORDER = {size: rank for rank, size in enumerate(SIZES)}
@@ -56,6 +56,10 @@ class View:
         return self.rows, [thing.y for thing in self.things]
 
 
+Step = str | tuple[int, ...]
+"""A sentence of a thought, or the things that are left after a look at each."""
+
+
 @dataclass(frozen=True)
 class Noun:
     """Words for a set of things, "striped red mug(s)", and the things in the picture they fit."""
@@ -79,9 +83,9 @@ class Noun:
         members = tuple(i for i in self.members if i != index)
         return Noun(f"other {self.one}", f"other {self.many}", members)
 
-    def steps(self, members: Iterable[int], view: View) -> tuple[str, ...]:
+    def steps(self, members: Iterable[int]) -> tuple[Step, ...]:
         """The thought's step that picks the noun's things out of the listing."""
-        return () if self.bare else (keep(members, view),)
+        return () if self.bare else (tuple(members),)
 
 
 def noun(
@@ -242,12 +246,6 @@ def nearest(view: View, members: Sequence[int], reference: int, far: bool = Fals
         if min(map(in_picture, ranked[1:])) - in_picture(ranked[0]) < CLEAR:
             return None
     return ranked[0]
-
-
-def keep(members: Iterable[int], view: View) -> str:
-    """The step that narrows the listing down."""
-    names = [name(view.things[i]) for i in members]
-    return f"I keep {enumerate_words(names)}." if names else "I keep nothing."
 
 
 def is_step(phrase: str, index: int, view: View) -> str:

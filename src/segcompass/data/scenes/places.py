@@ -42,7 +42,7 @@ def extreme_of(view: View, rng: Random, want: int) -> Draft | None:
     if found.members and best is None:
         return None
     slots = words(found) | {"pole": pole, "edge": POLES[pole]}
-    steps = found.steps(found.members, view)
+    steps = found.steps(found.members)
     return Draft(maybe(best), f"the {pole} {found.one}", steps, ("one",), slots)
 
 
@@ -66,7 +66,7 @@ def _beside(view: View, rng: Random, want: int, picked: tuple[int, str] | None) 
     if targets is None:
         return None
     many = plural(rng, want)
-    steps = (is_step(ref, reference, view), *found.steps(others, view))
+    steps = (is_step(ref, reference, view), *found.steps(others))
     slots = words(found) | {"side": rng.choice(SIDES[side]), "ref": ref}
     sought = f"{found.say(many)} {SIDES[side][0]} {ref}"
     return Draft(targets, sought, steps, groups(many, found.bare), slots)
@@ -80,7 +80,7 @@ def in_half(view: View, rng: Random, want: int) -> Draft | None:
     if found is None or targets is None:
         return None
     many = plural(rng, want)
-    steps = found.steps(found.members, view)
+    steps = found.steps(found.members)
     sought = f"{found.say(many)} in the {side} half"
     return Draft(targets, sought, steps, groups(many), words(found) | {"half": side})
 
@@ -103,7 +103,7 @@ def in_corner(view: View, rng: Random, want: int) -> Draft | None:
     many = plural(rng, want)
     corner = f"{down} {across}"
     sought = f"{found.say(many)} in the {corner} corner"
-    steps = found.steps(found.members, view)
+    steps = found.steps(found.members)
     slots = words(found) | {"corner": corner}
     return Draft(targets, sought, steps, groups(many, found.bare), slots)
 
@@ -143,7 +143,7 @@ def _nearest(
     best = nearest(view, others, reference, far)
     if others and best is None:
         return None
-    steps = (is_step(ref, reference, view), *found.steps(others, view))
+    steps = (is_step(ref, reference, view), *found.steps(others))
     asked = ("one", "thing") if found.bare and not far else ("one",)
     sought = f"the {found.one} {'farthest from' if far else 'closest to'} {ref}"
     return Draft(maybe(best), sought, steps, asked, words(found) | {"ref": ref})

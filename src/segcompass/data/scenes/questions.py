@@ -9,14 +9,15 @@ steps its kind needs and concludes (``grammar``), so that each sentence follows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
 from segcompass.data.scenes import looks, places, reasons
 from segcompass.data.scenes.catalog import Scene
 from segcompass.data.scenes.drafts import Draft, Form
-from segcompass.data.scenes.grammar import closing, describe, resolve
-from segcompass.data.scenes.nouns import View
+from segcompass.data.scenes.grammar import check, closing, describe, resolve
+from segcompass.data.scenes.nouns import Step, View
 from segcompass.data.scenes.phrasings import HELD_OUT_MARK, PHRASINGS
 
 __all__ = ["FORMS", "KINDS", "Question", "ask", "closing", "describe", "resolve"]
@@ -124,25 +125,32 @@ def ask(scene: Scene, rng: Random, *, split: str, kind: str | None = None) -> Qu
             continue
         worded = _word(draft, form, rng, split)
         if worded is not None:
-            thought = " ".join(
-                (
-                    f"I look for {draft.sought}.",
-                    describe(scene),
-                    *draft.steps,
-                    closing(scene.things[i] for i in draft.targets),
-                )
-            )
-            return Question(chosen, form, worded[0], draft.targets, thought, worded[1])
+            return Question(chosen, form, worded[0], draft.targets, _think(draft, scene), worded[1])
     raise ValueError(
         f"no {chosen} question fits a scene of {len(scene.things)} things; draw another scene"
     )
+
+
+def _think(draft: Draft, scene: Scene) -> str:
+    """The oracle's thought: one sentence after the other, each a small step from those before."""
+    sentences = [f"I look for {draft.sought}.", describe(scene)]
+    left: Sequence[int] = range(len(scene.things))
+    looks = 0
+    for step in (*draft.steps, draft.targets):
+        if isinstance(step, str):
+            sentences.append(step)
+        elif left:
+            chosen = [n for n, i in enumerate(left) if i in step]
+            sentences.append(check([scene.things[i] for i in left], chosen, again=looks > 0))
+            left, looks = step, looks + 1
+    return " ".join((*sentences, closing(scene.things[i] for i in draft.targets)))
 
 
 def _sound(draft: Draft, view: View) -> bool:
     """Whether a draft keeps the limits of length and number, and is not answered too easily."""
     if len(draft.targets) > MOST_TARGETS:
         return False
-    if sum(len(step.split()) for step in draft.steps) > MOST_STEP_WORDS:
+    if sum(_words(step) for step in draft.steps) > MOST_STEP_WORDS:
         return False
     if not draft.targets:
         return True
@@ -158,6 +166,13 @@ def _sound(draft: Draft, view: View) -> bool:
                 for target in targets
             )
     return alike >= ALIKE
+
+
+def _words(step: Step) -> int:
+    """How long a step is, things counted with their names."""
+    if isinstance(step, str):
+        return len(step.split())
+    return 2 + 3 * len(step) + (len(step) > 1) if step else 3
 
 
 def _word(draft: Draft, form: str, rng: Random, split: str) -> tuple[str, str] | None:

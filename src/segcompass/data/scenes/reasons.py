@@ -26,7 +26,6 @@ from segcompass.data.scenes.nouns import (
     extreme,
     half,
     is_step,
-    keep,
     nearest,
     pick_noun,
     pick_reference,
@@ -109,7 +108,7 @@ def two_sides(view: View, rng: Random, want: int) -> Draft | None:
     return Draft(
         tuple(i for i in one if i in two),
         sought,
-        (is_step(first[1], first[0], view), keep(one, view), is_step(second[1], second[0], view)),
+        (is_step(first[1], first[0], view), one, is_step(second[1], second[0], view)),
         groups(many, open_number),
         words(found) | slots,
     )
@@ -168,7 +167,7 @@ def use_not(view: View, rng: Random, want: int) -> Draft | None:
     users = _users(view, sake)
     colour = view.things[rng.choice(users)].colour
     targets = tuple(i for i in users if view.things[i].colour != colour)
-    steps = (_of_use(sake), keep(users, view))
+    steps = (_of_use(sake), users)
     slots = {"todo": PURPOSES[sake], "attr": colour, "an_attr": article(colour)}
     return Draft(targets, f"things {PURPOSES[sake]} that are not {colour}", steps, ("any",), slots)
 
@@ -179,7 +178,7 @@ def use_colour(view: View, rng: Random, want: int) -> Draft | None:
     users = _users(view, sake)
     colour = view.things[rng.choice(users)].colour if want and users else _any_colour(view, rng)
     targets = tuple(i for i in users if view.things[i].colour == colour)
-    steps = (_of_use(sake), keep(users, view))
+    steps = (_of_use(sake), users)
     slots = {"todo": PURPOSES[sake], "attr": colour}
     return Draft(targets, f"{colour} things {PURPOSES[sake]}", steps, ("any",), slots)
 
@@ -197,7 +196,7 @@ def use_extreme(view: View, rng: Random, want: int) -> Draft | None:
     best = extreme(view, users, pole)
     if (users and best is None) or (want and len(users) < 2):
         return None
-    steps = (_of_use(sake), keep(users, view))
+    steps = (_of_use(sake), users)
     slots = {"todo": PURPOSES[sake], "pole": pole, "edge": POLES[pole]}
     return Draft(maybe(best), f"the {pole} thing {PURPOSES[sake]}", steps, ("one",), slots)
 
@@ -209,7 +208,7 @@ def use_half(view: View, rng: Random, want: int) -> Draft | None:
     targets = half(view, users, side)
     if targets is None:
         return None
-    steps = (_of_use(sake), keep(users, view))
+    steps = (_of_use(sake), users)
     sought = f"things {PURPOSES[sake]} in the {side} half"
     return Draft(targets, sought, steps, ("any",), {"todo": PURPOSES[sake], "half": side})
 
@@ -236,7 +235,7 @@ def part_colour(view: View, rng: Random, want: int) -> Draft | None:
     targets = tuple(i for i in owners if view.things[i].colour == colour)
     many = plural(rng, want)
     sought = f"all {colour} things" if many else f"the {colour} thing"
-    steps = (_with_part(named), keep(owners, view))
+    steps = (_with_part(named), owners)
     slots = {"part": PARTS[named], "attr": colour}
     return Draft(targets, f"{sought} with {PARTS[named]}", steps, groups(many), slots)
 
@@ -253,4 +252,4 @@ def part_not(view: View, rng: Random, want: int) -> Draft | None:
     other = CATEGORIES[kind].plural if many else article(kind)
     sought = f"{everything(view).say(many)} with {PARTS[named]} {that(many)} not {other}"
     slots = {"part": PARTS[named], "a2": article(kind), "many2": CATEGORIES[kind].plural}
-    return Draft(targets, sought, (_with_part(named), keep(owners, view)), groups(many), slots)
+    return Draft(targets, sought, (_with_part(named), owners), groups(many), slots)
