@@ -41,7 +41,7 @@ def write_config(folder: Path, data: Path, **changes: Any) -> Path:
         "train_vision": stage(),
         "train_language": stage(group=2),
         "train_sae": stage(batch=64, latents=48, samples=6),
-        "train_joint": stage(group=2),
+        "train_joint": stage(group=2, oracle_steps=STEPS // 2, rollout={"group": 2}),
         **changes,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,5 +58,8 @@ def write_llava_config(folder: Path, data: Path, **changes: Any) -> Path:
         "use": policy_config("llava").model_dump(),
     }
     stages = {"train_segmenter": None, "train_vision": None, "train_language": None}
-    once = {"train_sae": stage(1, batch=64, latents=48, samples=4), "train_joint": stage(1)}
+    once = {
+        "train_sae": stage(1, batch=64, latents=48, samples=4),
+        "train_joint": stage(1, oracle_steps=1),
+    }
     return write_config(folder, data, **{"policy": policy, **stages, **once, **changes})

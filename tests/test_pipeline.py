@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tiny import LATENTS, WIDTH
 
+from segcompass.interfaces.base import PATHS
 from segcompass.io.errors import ImageError
 from segcompass.pipeline import SegCompass
 from segcompass.types import Prediction, Status, TokenKind
@@ -235,6 +236,53 @@ def test_a_prediction_goes_out_in_every_form(model: SegCompass, tmp_path: Path) 
     files = result.save(tmp_path / "out")
     assert all(path.is_file() for path in files.values())
     assert len(result.concepts) == K
+
+
+@pytest.fixture(scope="module")
+def asked(model: SegCompass) -> dict[str, Prediction]:
+    """One question, answered along every path."""
+    return {name: model.predict(picture(33, 47), "the red mug", paths=name) for name in PATHS}
+
+
+def test_a_path_alone_changes_slots_and_not_words(asked: dict[str, Prediction]) -> None:
+    both, tokens, concepts = (asked[name] for name in ("both", "tokens", "concepts"))
+    for one, other in ((both, tokens), (both, concepts), (tokens, concepts)):
+        assert one.text == other.text
+        assert np.array_equal(one.concept_vectors, other.concept_vectors)
+        assert torch.equal(one.codes.values, other.codes.values)
+        assert np.abs(one.slot_queries - other.slot_queries).max() > 1e-3
+
+
+def test_tokens_alone_is_a_model_whose_concepts_say_nothing(
+    model: SegCompass, asked: dict[str, Prediction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = model.interface.fusion.project
+    for parameter in (project.weight, project.bias):
+        monkeypatch.setattr(parameter, "data", torch.zeros_like(parameter))
+    assert_same(model.predict(picture(33, 47), "the red mug"), asked["tokens"], tolerance=1e-5)
+
+
+def test_concepts_alone_is_a_policy_whose_tokens_say_nothing(
+    model: SegCompass, asked: dict[str, Prediction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = model.policy.generate
+
+    def mute(*arguments: Any, **options: Any) -> Any:
+        result = plain(*arguments, **options)
+        silent = torch.zeros_like(result.states.concentration_states)
+        return result._replace(states=result.states._replace(concentration_states=silent))
+
+    monkeypatch.setattr(model.policy, "generate", mute)
+    assert_same(model.predict(picture(33, 47), "the red mug"), asked["concepts"], tolerance=1e-5)
+
+
+def test_both_paths_are_the_default(model: SegCompass, asked: dict[str, Prediction]) -> None:
+    assert_same(model.predict(picture(33, 47), "the red mug"), asked["both"])
+
+
+def test_a_path_that_there_is_not(model: SegCompass) -> None:
+    with pytest.raises(ValueError, match=r"both.*tokens.*concepts.*'words'"):
+        model.predict(picture(4, 4), "the mug", paths="words")
 
 
 @pytest.fixture

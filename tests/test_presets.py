@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from segcompass.io.errors import ConfigError
-from segcompass.presets import PRESETS, describe, find_preset
+from segcompass.learning.config import RunConfig, load_config
+from segcompass.learning.plan import plan
+from segcompass.presets import PRESETS, SEGMENTERS, describe, find_preset
 
 # Parameters of the released architectures, counted by hand from their config.json, and width.
 PUBLISHED = {
@@ -52,3 +57,66 @@ def test_the_hook_layers_of_the_paper() -> None:
 def test_an_unknown_preset_is_told_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"llava-1\.5-13b; did you mean qwen2\.5-vl-7b"):
         find_preset("qwen2.5-vl-8b")
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SCALE = (Path(__file__).parents[1] / "docs/scale.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_is_valid(path: Path) -> None:
+    assert isinstance(load_config(path), RunConfig)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_configs_have_the_settings_of_the_paper(name: str) -> None:
+    """Section 4.1 and A.2, and the sizes of the preset."""
+    config, preset = load_config(CONFIGS / f"{name}.yaml"), PRESETS[name]
+    use, stage = config.policy.use, config.train_joint
+    assert config.policy.source == preset.hub_id
+    assert (use.sae_layer, use.pad_to_square) == (preset.use.sae_layer, preset.use.pad_to_square)
+    assert use.prompt.template == preset.use.prompt.template
+    assert config.head == preset.head and config.train_sae.latents == preset.latents
+    assert SEGMENTERS[config.segmenter] == preset.segmenter == "vit-h"
+    assert use.max_new_tokens == 2000 and stage.rollout.max_new_tokens is None
+    assert (stage.batch, stage.rollout.group, stage.steps) == (16, 8, 24_252)
+    assert (stage.learning_rate, stage.warmup, stage.final_division) == (2e-6, 0, 6.7)
+    assert (stage.weight_decay, stage.betas, stage.clip) == (0.01, (0.9, 0.999), 1.0)
+    factors = stage.multipliers
+    assert (factors.policy, factors.codebook, factors.head, factors.decoder) == (1, 25, 80, 10)
+    assert (stage.grpo.clip, stage.grpo.kl) == (0.2, 0.2)
+    assert (stage.rewards.format, stage.rewards.mask) == (0.3, 0.7)
+    assert (stage.seg_weight, stage.conf_weight, stage.dice_weight) == (1.0, 0.2, 0.6)
+    assert stage.gradient_checkpointing
+    assert (config.train_sae.learning_rate, config.train_sae.sequences) == (5e-5, 64)
+    if "qwen" in name:
+        assert config.data.image_pixels == (3_136, 705_600)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_headers_tell_what_the_plan_says(name: str) -> None:
+    """Prompts stay within 1,400 tokens; hours and hardware are the planner's."""
+    path = CONFIGS / f"{name}.yaml"
+    header = path.read_text().split("\nrun:")[0]
+    said = re.search(r"hardware  (\d+) GPUs of 80 GB", header)
+    hours = re.search(r"hours     about ([\d,]+) for the joint stage", header)
+    assert said and hours and "estimate" in header and "not reproduced" in header
+    made = plan(load_config(path), int(said[1]), 80.0)
+    assert made.fits
+    assert made.workload.prompt <= 1_400 and made.workload.answer == 2_000
+    assert float(hours[1].replace(",", "")) == pytest.approx(made.hours, rel=0.02)
+    if int(said[1]) > 8:
+        assert not plan(load_config(path), 8, 80.0).fits
+    row = f"| `{name}` | {said[1]} | {made.peak_bytes / 1e9:.1f} GB | {hours[1]} |"
+    assert row in SCALE
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_page_on_lora_tells_what_the_plan_says(name: str) -> None:
+    row = next(r for r in SCALE.splitlines() if r.lower().startswith(f"| {name} |"))
+    told = [float(cell.split()[0]) for cell in row.strip("| ").split("|")[1:]]
+    for tokens, peak in zip((2000, 500), told, strict=True):
+        settings = ["lora={rank: 16}", "batch=1", f"rollout.max_new_tokens={tokens}"]
+        overrides = [f"train_joint.{setting}" for setting in settings]
+        made = plan(load_config(CONFIGS / f"{name}.yaml", overrides), 1, 80.0)
+        assert made.fits and made.peak_bytes / 1e9 == pytest.approx(peak, abs=0.05)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -45,6 +45,30 @@ def load_model(
     revision: str | None = None,
 ) -> SegCompass:
     """Load a model by folder, by hub id, or the bundled one; see `SegCompass.from_pretrained`."""
+    parts = load_parts(name, dtype=dtype, revision=revision)
+    model = SegCompass(
+        parts.policy,
+        ImageEncoder(parts.sam),
+        parts.interface,
+        threshold=parts.config.threshold,
+        name=parts.config.name,
+        fingerprint=parts.fingerprint,
+    )
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+class Parts(NamedTuple):
+    """What a model folder holds, put together; ``interface`` contains the SAE."""
+
+    config: ModelConfig
+    policy: Policy
+    sam: SamModel
+    interface: ConceptSlots
+    fingerprint: str
+
+
+def load_parts(name: str | Path, *, dtype: str | None = None, revision: str | None = None) -> Parts:
+    """Load the parts of a model, the policy in ``dtype``; errors as of :func:`load_model`."""
     folder = find_model(name, revision)
     binding = checkpoints.read_binding(folder)
     try:
@@ -62,15 +86,7 @@ def load_model(
     except ValueError as error:
         raise CheckpointError(f"{folder}: the parts do not fit together: {error}") from error
     checkpoints.load_module(interface.head, folder / checkpoints.PARTS["head"])
-    model = SegCompass(
-        policy,
-        ImageEncoder(sam),
-        interface,
-        threshold=config.threshold,
-        name=config.name,
-        fingerprint=checkpoints.fingerprint(binding),
-    )
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return Parts(config, policy, sam, interface, checkpoints.fingerprint(binding))
 
 
 def find_model(name: str | Path, revision: str | None = None) -> Path:
@@ -139,12 +155,13 @@ def save_model(
     interface: ConceptSlots,
     *,
     policy_dtype: torch.dtype | None = None,
+    policy_state: dict[str, torch.Tensor] | None = None,
     sae_metadata: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder in one move."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    save_policy(policy, partial / "policy", policy_dtype)
+    save_policy(policy, partial / "policy", policy_dtype, policy_state)
     sam.save_pretrained(partial / "segmenter")
     sae.save(partial / "sae", sae_metadata)
     checkpoints.save_module(interface.head, partial / checkpoints.PARTS["head"])

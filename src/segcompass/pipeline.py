@@ -1,14 +1,12 @@
 """THE path: an image and an instruction become explained masks. Read this file first.
 
-    image, instruction
-      -> reasoning   Policy.generate        thought, K concentration tokens, states    Eq. 1
-      -> concepts    SparseAutoencoder      (token, concept, activation)               Eq. 4
-                     QueryCodebook          K concept vectors                          Fig. 3
-      -> grounding   ImageEncoder           image keys                                 Eq. 2
-                     SlotMapper             K heatmaps, K confidences                  Eq. 5
-      -> masks       MaskDecoder            K masks                                    Eq. 3
-
-Every stage's result is in the `Prediction`.
+image, instruction
+  -> reasoning   Policy.generate        thought, K concentration tokens, states    Eq. 1
+  -> concepts    SparseAutoencoder      (token, concept, activation)               Eq. 4
+                 QueryCodebook          K concept vectors                          Fig. 3
+  -> grounding   ImageEncoder           image keys                                 Eq. 2
+                 SlotMapper             K heatmaps, K confidences                  Eq. 5
+  -> masks       MaskDecoder            K masks                                    Eq. 3
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from segcompass.concepts.sparse_codes import select_rows, to_host
 from segcompass.geometry import Frame, masks_to_image, padding_mask
 from segcompass.grounding.image_encoder import ImageEncoder
-from segcompass.interfaces.base import Alignment
+from segcompass.interfaces.base import PATHS, Alignment
 from segcompass.interfaces.concept_slots import ConceptSlots
 from segcompass.io.clock import Clock
 from segcompass.io.images import ImageSource, load_image
@@ -91,6 +89,7 @@ class SegCompass(nn.Module):
         force_format: bool = True,
         threshold: float | None = None,
         max_new_tokens: int | None = None,
+        paths: str = "both",
     ) -> list[Prediction]:
         """Segment several pictures at once, greedily.
 
@@ -100,6 +99,7 @@ class SegCompass(nn.Module):
             force_format: Constrain the answer to its form; off when the form is to be judged.
             threshold: Confidence above which a mask counts, in [0, 1].
             max_new_tokens: Longest answer.
+            paths: What the slot queries are made of: tokens, concepts, or both.
 
         Raises:
             ImageError: if a picture cannot be read.
@@ -107,8 +107,8 @@ class SegCompass(nn.Module):
                 is out of range.
         """
         cut = self.threshold if threshold is None else threshold
-        if not 0 <= cut <= 1:
-            raise ValueError(f"the threshold is a confidence in [0, 1], got {cut}")
+        if not 0 <= cut <= 1 or paths not in PATHS:
+            raise ValueError(f"want a threshold in [0, 1] and one of {[*PATHS]}: {cut}, {paths!r}")
         clock = Clock()
         pictures = [load_image(image) for image in images]
         visuals = [self.policy.backbone.prepare(picture) for picture in pictures]
@@ -124,8 +124,9 @@ class SegCompass(nn.Module):
         clock.lap("image keys")
 
         padding = padding_mask(frames, keys.shape[-1], keys.device)
+        gates = keys.new_tensor([PATHS[paths]])
         alignment = self.interface.align(
-            reasoning.states, keys, padding=padding, need_attention=True
+            reasoning.states, keys, padding=padding, need_attention=True, gates=gates
         )
         clock.lap("concepts and slots")
 
@@ -157,7 +158,6 @@ class SegCompass(nn.Module):
         """Everything about row ``i`` of the batch, on the host."""
         answer, states = reasoning.answers[i], reasoning.states
         real = states.token_kinds[i] != TokenKind.PADDING
-        length = states.token_ids.shape[1]
         scores = alignment.slots.confidence_logits[i].sigmoid()
         accepted = (scores > threshold) & (answer.status == Status.OK)
         masks = masks_to_image(low_res[i], frame) > 0
@@ -165,7 +165,7 @@ class SegCompass(nn.Module):
         status = answer.status
         if status == Status.OK and not accepted.any():
             status = Status.NO_TARGET
-        rows = torch.zeros(len(states.token_ids), length, dtype=torch.bool, device=real.device)
+        rows = torch.zeros_like(states.token_kinds, dtype=torch.bool)
         rows[i] = real
         assert alignment.slot_attention is not None
         return Prediction(

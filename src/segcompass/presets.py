@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaConfig, PreTrainedModel, Qwen2_5_VLConfig, SamModel
+from transformers import (
+    LlavaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    SamConfig,
+    SamModel,
+)
 
 from segcompass.concepts.query_codebook import ConceptVectors
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
@@ -21,12 +28,16 @@ from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.grounding.slot_mapper import SlotMapperConfig
 from segcompass.interfaces.concept_slots import ConceptSlots, HeadConfig
 from segcompass.io.errors import ConfigError
-from segcompass.reasoning.backbones import FAMILIES, Backbone
+from segcompass.reasoning.backbones import FAMILIES, Backbone, family_of
 from segcompass.reasoning.policy import PolicyConfig, StateTap
 from segcompass.reasoning.prompts import LLAVA_TEMPLATE, QWEN_TEMPLATE, PromptConfig
 from segcompass.types import SparseCodes
 
 _TOKENS, _ACTIVE = 640, 64  # of the sequence whose shapes are checked: length, codes a token
+_CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "qwen2_5_vl": Qwen2_5_VLConfig,
+    "llava": LlavaConfig,
+}
 
 _QWEN_7B: dict[str, Any] = {
     "image_token_id": 151655,
@@ -121,7 +132,7 @@ class Preset(NamedTuple):
 def _use(template: str, sae_layer: int, pad_to_square: bool) -> PolicyConfig:
     prompt = PromptConfig(template=template, slots=6)
     return PolicyConfig(
-        prompt=prompt, sae_layer=sae_layer, pad_to_square=pad_to_square, max_new_tokens=1024
+        prompt=prompt, sae_layer=sae_layer, pad_to_square=pad_to_square, max_new_tokens=2000
     )
 
 
@@ -144,6 +155,13 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+SEGMENTERS = {  # hub ids of the segmenters that come in a published size
+    "facebook/sam-vit-base": "vit-b",
+    "facebook/sam-vit-large": "vit-l",
+    "facebook/sam-vit-huge": "vit-h",
+}
+
+
 def find_preset(name: str) -> Preset:
     """A preset by name.
 
@@ -155,6 +173,50 @@ def find_preset(name: str) -> Preset:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"no preset {name!r}, there are {', '.join(PRESETS)}{hint}")
     return PRESETS[name]
+
+
+def preset_of(hub_id: str) -> Preset | None:
+    """The preset that is published under this id, if any."""
+    return next((p for p in PRESETS.values() if p.hub_id == hub_id), None)
+
+
+def published_config(preset: Preset) -> PretrainedConfig:
+    """The policy's config, with the published sizes."""
+    return _CONFIGS[preset.family](**preset.policy)
+
+
+class Parts(NamedTuple):
+    """A whole model without memory: shapes and parameters, no values."""
+
+    backbone: Backbone
+    sam: SamModel
+    encoder: ImageEncoder
+    interface: ConceptSlots
+
+
+def assemble(
+    policy: PretrainedConfig,
+    use: PolicyConfig,
+    segmenter: SamConfig,
+    latents: int,
+    head: HeadConfig,
+) -> Parts:
+    """Put a model of these sizes together on the meta device.
+
+    Raises:
+        ValueError: if the parts do not fit together, or the family is unknown.
+    """
+    model_class, backbone_class = FAMILIES[family_of(policy.model_type)]
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(policy)
+        backbone = backbone_class(model, None, use.pad_to_square)
+        sam = SamModel(segmenter)
+        width = int(model.config.get_text_config().hidden_size)
+        sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=width, d_sae=latents))
+        interface = ConceptSlots(
+            head, sae, MaskDecoder(sam), policy_width=width, slots=use.prompt.slots
+        )
+        return Parts(backbone, sam, ImageEncoder(sam), interface)
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -172,54 +234,33 @@ def describe(name: str) -> dict[str, Any]:
         ValueError: if the parts' shapes disagree.
     """
     preset = find_preset(name)
+    segmenter = sam_config(preset.segmenter)
+    parts = assemble(published_config(preset), preset.use, segmenter, preset.latents, preset.head)
     with torch.device("meta"):
-        backbone = _backbone(preset)
-        sam = SamModel(sam_config(preset.segmenter))
-        width = int(backbone.model.config.get_text_config().hidden_size)
-        sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=width, d_sae=preset.latents))
-        interface = ConceptSlots(
-            preset.head,
-            sae,
-            MaskDecoder(sam),
-            policy_width=width,
-            slots=preset.use.prompt.slots,
-        )
-        shapes = _shapes(preset, backbone, ImageEncoder(sam), interface, width)
+        shapes = _shapes(preset.use, parts)
     return {
         "preset": name,
         "hub id": preset.hub_id,
-        "policy": type(backbone.model).__name__,
+        "policy": type(parts.backbone.model).__name__,
         "SAE layer": preset.use.sae_layer,
         "shapes": {part: "×".join(map(str, shape)) for part, shape in shapes.items()},
-        "parameters": _counts(preset, backbone, sam, interface),
+        "parameters": _counts(preset.use, parts),
     }
 
 
-def _backbone(preset: Preset) -> Backbone:
-    model_class, backbone_class = FAMILIES[preset.family]
-    config_class = Qwen2_5_VLConfig if preset.family == "qwen2_5_vl" else LlavaConfig
-    model: PreTrainedModel = model_class(config_class(**preset.policy))
-    return backbone_class(model, None, preset.use.pad_to_square)
-
-
 @torch.no_grad()
-def _shapes(
-    preset: Preset,
-    backbone: Backbone,
-    encoder: ImageEncoder,
-    interface: ConceptSlots,
-    width: int,
-) -> dict[str, tuple[int, ...]]:
+def _shapes(use: PolicyConfig, parts: Parts) -> dict[str, tuple[int, ...]]:
     """The path of one picture and ``_TOKENS`` tokens; inside ``torch.device("meta")``."""
+    backbone, _, encoder, interface = parts
     language: Any = backbone.model.get_submodule("model.language_model")
     tap = StateTap()
-    with tap.armed(backbone.layers[preset.use.sae_layer], backbone.final_norm):
+    with tap.armed(backbone.layers[use.sae_layer], backbone.final_norm):
         mask = torch.empty(1, 1, _TOKENS, _TOKENS, dtype=torch.bool)  # else values are looked at
-        states = torch.empty(1, _TOKENS, width)
+        states = torch.empty(1, _TOKENS, interface.sae.config.d_in)
         language(inputs_embeds=states, attention_mask=mask, use_cache=False)
     keys: Tensor = encoder(torch.empty(1, 3, encoder.side, encoder.side))
     concepts = _concepts(interface, tap.sae[0])
-    tokens = tap.final[0][:, -preset.use.prompt.slots :]
+    tokens = tap.final[0][:, -use.prompt.slots :]
     queries = interface.fusion(tokens, concepts.vectors)
     slots = interface.mapper(queries, keys)
     masks = interface.decode(keys, slots)
@@ -246,16 +287,13 @@ def _concepts(interface: ConceptSlots, states: Tensor) -> ConceptVectors:
     return result
 
 
-def _counts(
-    preset: Preset, backbone: Backbone, sam: SamModel, interface: ConceptSlots
-) -> dict[str, dict[str, int]]:
+def _counts(use: PolicyConfig, parts: Parts) -> dict[str, dict[str, int]]:
     """Parameters by part, ``total`` and ``trainable`` in joint training."""
-    policy: Any = backbone.model.get_submodule("model")
-    tower = policy.visual if preset.family == "qwen2_5_vl" else policy.vision_tower
-    frozen = nn.ModuleList(backbone.layers[: preset.use.sae_layer + 1])
-    trained = nn.ModuleList([*backbone.layers[preset.use.sae_layer + 1 :], backbone.final_norm])
+    backbone, sam, _, interface = parts
+    frozen = nn.ModuleList(backbone.layers[: use.sae_layer + 1])
+    trained = nn.ModuleList([*backbone.layers[use.sae_layer + 1 :], backbone.final_norm])
     everything = _size([backbone.model])
-    inside = _size([tower]), _size([frozen]), _size([trained])
+    inside = _size([backbone.vision]), _size([frozen]), _size([trained])
     whole_decoder = _size([sam]) - _size([sam.vision_encoder])
     counts = {
         "policy, vision tower": (inside[0], 0),

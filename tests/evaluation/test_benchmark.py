@@ -69,10 +69,12 @@ class Oracle:
         self.samples = samples
         self.die_after = die_after
         self.batches: list[int] = []
+        self.options: list[dict[str, Any]] = []
 
     def predict_batch(
-        self, images: Sequence[Any], instructions: Sequence[str], *, force_format: bool
+        self, images: Sequence[Any], instructions: Sequence[str], **options: Any
     ) -> list[Prediction]:
+        self.options.append(options)
         if self.die_after is not None and len(self.batches) >= self.die_after:
             raise KeyboardInterrupt
         self.batches.append(len(images))
@@ -193,6 +195,21 @@ def test_rows_of_another_run_are_not_mixed_in(samples: list[Sample], tmp_path: P
         evaluate(retrained, tmp_path, "val", out=out)
     with pytest.raises(DataError, match="another control"):
         evaluate(Oracle(samples), tmp_path, "val", out=out, control="shuffle-images")
+
+
+@pytest.mark.parametrize("paths", ["both", "tokens", "concepts"])
+def test_the_model_is_told_which_paths_to_take(
+    paths: str, samples: list[Sample], tmp_path: Path
+) -> None:
+    model, out = Oracle(samples), tmp_path / "out"
+    given = {} if paths == "both" else {"paths": paths}
+    figures = evaluate(model, tmp_path, "val", out=out, batch_size=4, force_format=True, **given)
+    assert model.options == [{"force_format": True, "paths": paths}] * 2
+    assert figures["paths"] == paths
+    assert json.loads((out / "run.json").read_text())["paths"] == paths
+    other = "concepts" if paths == "tokens" else "tokens"
+    with pytest.raises(DataError, match="another paths"):
+        evaluate(model, tmp_path, "val", out=out, force_format=True, paths=other)
 
 
 def test_a_foreign_file_is_refused(samples: list[Sample], tmp_path: Path) -> None:

@@ -136,3 +136,10 @@ def test_png_holds_the_mask(tmp_path: Path) -> None:
     with Image.open(tmp_path / "m.png") as image:
         assert image.mode == "L"
         np.testing.assert_array_equal(np.asarray(image), mask * np.uint8(255))
+
+
+def test_run_lengths_that_fall_short_are_refused() -> None:
+    """Otherwise the missing pixels would be whatever was in memory."""
+    for counts in ("0", "", masks.encode(np.ones((3, 3), bool))["counts"]):
+        with pytest.raises(DataError, match="damaged"):
+            masks.decode({"size": [24, 32], "counts": counts})

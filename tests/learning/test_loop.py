@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import chain, pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from segcompass.io.errors import CheckpointError, SegCompassError
+from segcompass.learning import states
 from segcompass.learning.loop import DivergenceError, Loop, Losses, batch_indices, grouped_indices
 from segcompass.learning.optimizer import OptimizerConfig
+from segcompass.learning.states import StateError
 
 STEPS = 9
 Hook = Callable[[int], None]
@@ -246,6 +250,44 @@ def test_the_state_of_another_model_is_named(tmp_path: Path) -> None:
     other = Loop(tmp_path, "test", {"model": nn.Linear(4, 6)}, plan, seed=0)
     with pytest.raises(CheckpointError, match=r"state\.safetensors belongs to another run"):
         other.resume()
+
+
+def test_an_observer_sees_what_is_logged_and_may_stop_the_run(tmp_path: Path) -> None:
+    seen: list[tuple[int, dict[str, object]]] = []
+
+    def watch(step: int, row: dict[str, object]) -> None:
+        seen.append((step, dict(row)))
+        if len(seen) == 6:
+            raise SegCompassError("rewards have collapsed")
+
+    model, loop = make(tmp_path / "stopped")
+    loop.observers = [watch]
+    with pytest.raises(SegCompassError, match="rewards have collapsed"):
+        loop.run(losses_of(model))
+    assert seen == [(row["step"], row) for row in rows(tmp_path / "stopped")]
+    model, loop = make(tmp_path / "stopped")
+    assert loop.resume() and loop.step == 6
+    loop.run(losses_of(model))
+    assert_equal(loop.weights.tensors(), straight(tmp_path / "straight"))
+
+
+def test_a_full_disk_keeps_the_last_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, loop = make(tmp_path / "full")
+
+    def fill(step: int) -> None:
+        if step == 5:
+            error = OSError(errno.ENOSPC, "No space left on device")
+            monkeypatch.setattr(states, "save_file", Mock(side_effect=error))
+
+    with pytest.raises(StateError, match=r"No space left.*last good state is .*state\.safetensors"):
+        loop.run(losses_of(model, fill))
+    monkeypatch.undo()
+    model, loop = make(tmp_path / "full")
+    assert loop.resume() and loop.step == 4
+    loop.run(losses_of(model))
+    assert_equal(loop.weights.tensors(), straight(tmp_path / "straight"))
 
 
 def test_a_number_without_a_value_is_null_in_the_log(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from segcompass.learning.losses import (
     confidence_bce,
     dice_loss,
+    focal_loss,
     map_bce,
     pairwise_dice,
     soft_iou,
@@ -32,12 +33,13 @@ def maps(seed: int, count: int, side: int = 5) -> tuple[Tensor, Tensor]:
 
 def reference(logits: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
     """All losses of each map, in float64, cell by cell."""
-    found: dict[str, list[float]] = {"dice": [], "bce": [], "iou": []}
+    found: dict[str, list[float]] = {"dice": [], "bce": [], "iou": [], "focal": []}
     for z, t in zip(logits.double().numpy(), targets.double().numpy(), strict=True):
         p = 1 / (1 + np.exp(-z))
         found["dice"].append(1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1))
         found["bce"].append(float(np.mean(np.logaddexp(0, z) - t * z)))
         found["iou"].append((p * t).sum() / (p + t - p * t).sum())
+        found["focal"].append(float(np.mean(np.abs(p - t) ** 2 * (np.logaddexp(0, z) - t * z))))
     return {name: np.array(values) for name, values in found.items()}
 
 
@@ -64,7 +66,7 @@ def test_perfect_and_empty_maps() -> None:
 def test_against_float64(seed: int, count: int) -> None:
     logits, targets = maps(seed, count)
     wanted = reference(logits, targets)
-    ours = {"dice": dice_loss, "bce": map_bce, "iou": soft_iou}
+    ours = {"dice": dice_loss, "bce": map_bce, "iou": soft_iou, "focal": focal_loss}
     for name, loss in ours.items():
         np.testing.assert_allclose(loss(logits, targets), wanted[name], rtol=2e-5, atol=1e-6)
 
@@ -80,15 +82,28 @@ def test_pairs_are_the_dice_of_each_pair(seed: int, slots: int, count: int) -> N
             torch.testing.assert_close(pairs[k, n], one[0])
 
 
+def test_focal_loss_by_hand() -> None:
+    """Where a map is half right, its cross-entropy counts a quarter; where it is sure, nothing."""
+    logits = torch.tensor([[[HALF, SURE]], [[HALF, -SURE]]])
+    targets = torch.tensor([[[1.0, 1.0]], [[0.0, 1.0]]])
+    undecided = math.log(2) / 4
+    expected = [undecided / 2, (undecided + SURE) / 2]
+    assert focal_loss(logits, targets).tolist() == pytest.approx(expected)
+    plain = focal_loss(logits, targets, gamma=0.0)
+    torch.testing.assert_close(plain, map_bce(logits, targets))
+
+
 def test_confidence_by_hand() -> None:
-    logits = torch.tensor([[HALF, 2.0, -3.0]])
-    matched = torch.tensor([[1.0, 0.0, 0.0]])
-    wanted = (math.log(2) + math.log1p(math.exp(2)) + math.log1p(math.exp(-3))) / 3
-    assert confidence_bce(logits, matched).item() == pytest.approx(wanted)
+    """One value for every slot, row by row."""
+    logits = torch.tensor([[HALF, 2.0, -3.0], [2.0, HALF, HALF]])
+    matched = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0]])
+    half, wrong, right = math.log(2), math.log1p(math.exp(2)), math.log1p(math.exp(-3))
+    wanted = [half, wrong, right, math.log1p(math.exp(-2)), half, half]
+    assert confidence_bce(logits, matched).tolist() == pytest.approx(wanted)
 
 
 def test_every_loss_pulls_towards_its_target() -> None:
-    for loss, sign in ((dice_loss, 1), (map_bce, 1), (soft_iou, -1)):
+    for loss, sign in ((dice_loss, 1), (map_bce, 1), (focal_loss, 1), (soft_iou, -1)):
         logits = torch.zeros(1, 2, 2, requires_grad=True)
         targets = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
         loss(logits, targets).sum().backward()

@@ -1,199 +1,235 @@
-"""The joint step: where gradients go, what the loss is made of, what is remembered."""
+"""The joint step: what its loss is made of, and where gradients go."""
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forced import answers_of
+from joint import LENGTHS, MASKS, Parts, answered, reached, stage, step_and_backward, take
 from PIL import Image
-from tiny import policy_config, tiny_head, tiny_llava_policy, tiny_qwen_policy, tiny_sae, tiny_sam
-from torch import Tensor, nn
+from pydantic import ValidationError
+from torch import Tensor
 
-from segcompass.data.samples import read_dataset
-from segcompass.geometry import Frame
-from segcompass.grounding.image_encoder import ImageEncoder
-from segcompass.interfaces.concept_slots import ConceptSlots
-from segcompass.learning.config import JointStage, RunConfig
-from segcompass.learning.corpus import target_grid
-from segcompass.learning.loop import Loop, Losses
-from segcompass.learning.losses import dice_loss, map_bce
-from segcompass.learning.train_joint import (
-    PlaceHead,
-    freeze,
-    key_memo,
-    segmentation_losses,
-    train_joint,
-)
-from segcompass.model_folder import ModelConfig, build_interface
-from segcompass.reasoning.loading import load_policy
-from segcompass.reasoning.policy import Policy
-from segcompass.types import Sample, Slots
+from segcompass.learning import train_joint as module
+from segcompass.learning.config import JointStage
+from segcompass.learning.questions import Questions, key_memo
+from segcompass.learning.train_joint import JointStep, freeze, train_joint
+from segcompass.types import ReasoningBatch
 
 
-class Parts(NamedTuple):
-    """The parts of a model, and what its joint stage minimises."""
-
-    policy: Policy
-    encoder: ImageEncoder
-    interface: ConceptSlots
-    losses: Callable[[int], Losses]
-
-    def step(self) -> Losses:
-        """Losses of the first step, after their backward pass."""
-        values = self.losses(0)
-        values["loss"].backward()  # type: ignore[no-untyped-call]
-        return values
-
-
-def stage(**changes: object) -> JointStage:
-    settings = {"steps": 1, "batch": 8, "learning_rate": 0.01, "group": 1, **changes}
-    return JointStage.model_validate(settings)
-
-
-@pytest.fixture
-def assemble(
-    tmp_path: Path, scenes_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Parts]:
-    """Builds the parts for one family; the loop hands its losses out and does not run."""
-
-    def build(family: str = "qwen2_5_vl", **changes: object) -> Parts:
-        write = tiny_qwen_policy if family == "qwen2_5_vl" else tiny_llava_policy
-        policy = load_policy(write(tmp_path / family), policy_config(family))
-        sam, sae = tiny_sam(), tiny_sae()
-        interface = build_interface(
-            ModelConfig(policy=policy.config, head=tiny_head()), policy, sam, sae
-        )
-        once = {"steps": 1, "learning_rate": 0.01}
-        config = RunConfig.model_validate(
-            {
-                "run": tmp_path / "run",
-                "data": {"root": scenes_root},
-                "train_sae": once,
-                "train_joint": once,
-            }
-        )
-        caught: list[Callable[[int], Losses]] = []
-        monkeypatch.setattr(Loop, "run", lambda _, losses: caught.append(losses))
-        encoder = ImageEncoder(sam)
-        train_joint(policy, encoder, interface, config, stage(**changes), tmp_path / "stage")
-        return Parts(policy, encoder, interface, caught[0])
-
-    return build
-
-
-def reached(module: nn.Module) -> dict[str, bool]:
-    """Whether each parameter has a gradient that is not all zero."""
-    return {
-        name: p.grad is not None and bool(p.grad.abs().sum() > 0)
-        for name, p in module.named_parameters()
-    }
-
-
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
-def test_gradients_reach_what_is_trained_and_nothing_else(
-    family: str, assemble: Callable[..., Parts]
-) -> None:
-    policy, encoder, interface, _ = parts = assemble(family)
-    parts.step()
-    layers = policy.backbone.layers
-    assert all(reached(layers[2]).values()) and all(reached(policy.backbone.final_norm).values())
+def assert_gradients(step: JointStep, *, upper: bool = True) -> None:
+    """They reach all that is trained, and nothing that is frozen."""
+    policy, interface = step.policy, step.interface
+    layers, norm = policy.backbone.layers, policy.backbone.final_norm
+    if upper:
+        assert all(reached(layers[2]).values()) and all(reached(norm).values())
     for part in (interface.fusion, interface.mapper, interface.decoder.prompt_encoder.mask_embed):
         assert all(reached(part).values()), part
     codebook = reached(interface.codebook)
     assert all(codebook.values()), [name for name, found in codebook.items() if not found]
     assert sum(reached(interface.decoder.mask_decoder.transformer).values()) > 10
-    trained = {*map(id, layers[2].parameters()), *map(id, policy.backbone.final_norm.parameters())}
+    trained = {*map(id, layers[2].parameters()), *map(id, norm.parameters())} if upper else set()
     frozen = [p for p in policy.parameters() if id(p) not in trained]
-    frozen += [*encoder.parameters(), *interface.sae.parameters()]
+    frozen += [*step.encoder.parameters(), *interface.sae.parameters()]
     frozen += interface.decoder.shared_image_embedding.parameters()
     assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
-def test_upper_layers_can_be_frozen_too(assemble: Callable[..., Parts]) -> None:
-    parts = assemble(train_upper_layers=False)
-    parts.step()
-    assert not any(reached(parts.policy).values())
-    assert all(reached(parts.interface.fusion).values())
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("oracle", [0, 1])
+def test_gradients_reach_what_is_trained_and_nothing_else(
+    family: str, oracle: int, joint: Callable[..., JointStep]
+) -> None:
+    step = joint(family, oracle_steps=oracle, batch=4)
+    step_and_backward(step)
+    assert_gradients(step)
 
 
-def test_language_is_learnt_only_where_asked(assemble: Callable[..., Parts]) -> None:
-    values = assemble().step()
-    assert not values["language"].requires_grad
-    with_language = assemble(language_weight=0.5).losses(0)
-    assert with_language["language"].item() == pytest.approx(values["language"].item(), rel=1e-5)
+def test_upper_layers_can_be_frozen_too(joint: Callable[..., JointStep]) -> None:
+    step = joint(train_upper_layers=False, batch=4)
+    step_and_backward(step)
+    assert not any(reached(step.policy).values())
+    assert_gradients(step, upper=False)
+
+
+SETTINGS = {
+    "both": {},
+    "reinforcement only": {"seg_weight": 0.0, "conf_weight": 0.0},
+    "supervision only": {"rl_weight": 0.0},
+    "every term": {
+        "rl_weight": 0.9,
+        "seg_weight": 3.0,
+        "conf_weight": 0.7,
+        "dice_weight": 0.4,
+        "heatmap_dice_weight": 0.2,
+        "focal_weight": 2.0,
+        "place_weight": 0.3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_loss_is_the_weighted_sum_of_eq_6(name: str, joint: Callable[..., JointStep]) -> None:
+    chosen = joint(**SETTINGS[name])
+    values = take(chosen)
+    w = {"rl_weight": 1.0, "seg_weight": 1.0, "conf_weight": 0.2, "dice_weight": 0.6}
+    w |= {"heatmap_dice_weight": 0.0, "focal_weight": 0.0, "place_weight": 0.0} | SETTINGS[name]
+    masks = (
+        values["heatmap_bce"]
+        + w["heatmap_dice_weight"] * values["heatmap_dice"]
+        + w["dice_weight"] * values["dice"]
+        + w["focal_weight"] * values["focal"]
+    )
+    by_hand = w["rl_weight"] * values["policy"] + w["seg_weight"] * masks
+    by_hand = by_hand + w["conf_weight"] * values["confidence"]
+    if w["place_weight"]:
+        by_hand = by_hand + w["place_weight"] * values["place"]
+    torch.testing.assert_close(values["loss"].detach(), by_hand)
+    assert not any(part.requires_grad for key, part in values.items() if key != "loss")
+
+
+def test_one_half_trains_without_the_other(joint: Callable[..., JointStep]) -> None:
+    """Table 4: reinforcement alone never moves the head, supervision alone moves both."""
+    alone = joint(seg_weight=0.0, conf_weight=0.0)
+    step_and_backward(alone)
+    assert not any(reached(alone.interface).values())
+    supervised = joint(rl_weight=0.0)
+    step_and_backward(supervised)
+    assert_gradients(supervised)
+    assert supervised.reference is None
+
+
+def test_supervision_alone_is_blind_to_rewards(
+    joint: Callable[..., JointStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = []
+    for score in (0.0, 1.0):
+        flips = iter([score, 1 - score] * 4)
+        monkeypatch.setattr(module, "format_score", lambda *_, flips=flips: next(flips))
+        step = joint(rl_weight=0.0)
+        step_and_backward(step)
+        gradients.append([p.grad for p in step.policy.backbone.layers[2].parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, atol=0, rtol=0)
+
+
+def test_means_are_over_answers_slots_and_matched_masks(joint: Callable[..., JointStep]) -> None:
+    step = joint()
+    terms: dict[str, Tensor] = {}
+    plain = step.from_rollouts
+
+    def seen(questions: Questions) -> tuple[dict[str, Tensor], Tensor]:
+        found, hidden = plain(questions)
+        terms.update(found)
+        return found, hidden
+
+    step.from_rollouts = seen  # type: ignore[method-assign]
+    values = take(step)
+    for name, found in terms.items():
+        expected = sum(found.tolist()) / len(found)
+        assert values[name].item() == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+    assert len(terms["policy"]) == 4 and len(terms["groups_that_teach"]) == 2
+
+
+def test_language_is_learnt_only_where_asked(joint: Callable[..., JointStep]) -> None:
+    values = take(joint(oracle_steps=1))
+    weighted = take(joint(oracle_steps=1, language_weight=0.5))
+    assert weighted["language"].item() == pytest.approx(values["language"].item(), rel=1e-5)
     expected = values["loss"] + 0.5 * values["language"]
-    torch.testing.assert_close(with_language["loss"], expected)
+    torch.testing.assert_close(weighted["loss"], expected)
+    assert "language" not in take(joint(language_weight=0.5))
 
 
-def test_the_loss_is_the_weighted_sum_of_eq_6(assemble: Callable[..., Parts]) -> None:
-    values = assemble(
-        seg_weight=3.0, conf_weight=0.7, dice_weight=0.4, heatmap_dice_weight=0.2
-    ).losses(0)
-    by_hand = 3.0 * (values["heatmap_bce"] + 0.2 * values["heatmap_dice"] + 0.4 * values["dice"])
-    torch.testing.assert_close(values["loss"].detach(), by_hand + 0.7 * values["confidence"])
+def test_oracle_steps_come_first(joint: Callable[..., JointStep]) -> None:
+    step = joint(oracle_steps=2)
+    asked: list[int] = []
+    plain = step.questions
+    step.questions = lambda s: asked.append(len(s)) or plain(s)  # type: ignore[method-assign]
+    with answers_of(*LENGTHS) as calls:
+        rows = [step(number) for number in range(3)]
+        told = [("language" in row, "reward" in row) for row in rows]
+        assert told == [(True, False), (True, False), (False, True)]
+        assert asked == [4, 4, 2]  # batch·G answers either way
+        assert len(calls) == 1
 
 
-def judge(
-    assemble: Callable[..., Parts], samples: list[Sample], slots: Slots
-) -> tuple[Losses, Callable[[int, int], Tensor]]:
-    """Losses of made-up slots, and a way to decode one of them."""
+@pytest.mark.parametrize(
+    "changes", [{}, {"rl_weight": 0.0}, {"train_upper_layers": False}, {"grpo": {"kl": 0.0}}]
+)
+def test_a_run_survives_batches_without_any_whole_answer(
+    changes: dict[str, Any], assemble: Callable[..., Parts], tmp_path: Path
+) -> None:
     parts = assemble()
-    memo = key_memo(parts.encoder, [s.image_path for s in samples])
-    keys = torch.stack([memo(s.image_path).float() for s in samples])
-    frames = [Frame.fit(s.image_hw, parts.encoder.side) for s in samples]
-
-    def decode(image: int, slot: int) -> Tensor:
-        chosen = (torch.tensor([image]), torch.tensor([slot]))
-        return parts.interface.decode(keys, slots, frames=frames, select=chosen)
-
-    found, _ = segmentation_losses(parts.interface, keys, slots, samples, frames, stage())
-    return found, decode
+    with answers_of(None):
+        train_joint(*parts, stage(steps=2, **changes), tmp_path / "stage")
+    rows = [json.loads(r) for r in (tmp_path / "stage" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["well_formed"] == 0 and row["reward"] == 0 for row in rows)
 
 
-def test_pictures_without_a_target_teach_only_doubt(
-    assemble: Callable[..., Parts], scenes_root: Path
+def swapped(states: ReasoningBatch, field: str) -> ReasoningBatch:
+    """The states of one half of Eq. 2 exchanged for noise."""
+    value = getattr(states, field)
+    return states._replace(**{field: torch.randn_like(value)})
+
+
+@pytest.mark.parametrize(("order", "place"), [(0.0, 0.0), (0.05, 0.1)])
+def test_order_and_place_are_used_where_asked(
+    order: float, place: float, joint: Callable[..., JointStep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample = next(s for s in read_dataset(scenes_root, "train") if not s.targets)
-    doubts = torch.tensor([[-1.0, 0.0, 2.0]])
-    slots = Slots(torch.zeros(1, 3, 2, 8, 8), torch.randn(1, 3, 8, 8), doubts)
-    found, _ = judge(assemble, [sample], slots)
-    assert found.keys() == {"loss", "confidence"}
-    by_hand = sum(math.log1p(math.exp(z)) for z in (-1, 0, 2)) / 3
-    assert found["loss"].item() == pytest.approx(0.2 * by_hand)
+    given: list[dict[str, Any]] = []
+    plain = module.segmentation_terms
+    monkeypatch.setattr(
+        module, "segmentation_terms", lambda *a, **options: given.append(options) or plain(*a)
+    )
+    step = joint(order_weight=order, place_weight=place)
+    take(step)
+    assert given == [{"order": order, "place": step.place if place else None}]
 
 
-def test_every_mask_is_scored_against_its_own_target(
-    assemble: Callable[..., Parts], scenes_root: Path
+@pytest.mark.parametrize(
+    ("dropped", "deaf", "heard"),
+    [
+        ("drop_tokens", "concentration_states", "sae_states"),
+        ("drop_concepts", "sae_states", "concentration_states"),
+    ],
+)
+def test_a_dropped_path_cannot_be_leant_on(
+    dropped: str, deaf: str, heard: str, joint: Callable[..., JointStep]
 ) -> None:
-    """Slots 2 and 0 of the second picture draw its two targets, in this order."""
-    samples = read_dataset(scenes_root, "train")
-    nothing = next(s for s in samples if not s.targets)
-    several = next(s for s in samples if len(s.targets) >= 2)
-    several = replace(several, targets=several.targets[:2])
-    coarse, fine = (target_grid(several.targets, several.image_hw, 64, g) for g in (8, 32))
-    logits = torch.full((2, 3, 8, 8), -9.0)
-    logits[1, [2, 0]] = torch.logit(coarse, 1e-4)
-    slots = Slots(torch.zeros(2, 3, 2, 8, 8), logits, torch.zeros(2, 3))
-    found, decode = judge(assemble, [nothing, several], slots)
-    pairs = [(2, 0), (0, 1)]
-    masks = torch.cat([decode(1, slot) for slot, _ in pairs])
-    torch.testing.assert_close(found["dice"], dice_loss(masks, fine).mean())
-    drawn = logits[1, [2, 0]]
-    torch.testing.assert_close(found["heatmap_bce"], map_bce(drawn, coarse).mean())
-    assert found["confidence"].item() == pytest.approx(math.log(2))
+    step = joint(**{dropped: 1.0})
+    _, questions, states, _ = answered(step)
+    terms = step.segmentation(states, questions)
+    same = step.segmentation(swapped(states, deaf), questions)
+    other = step.segmentation(swapped(states, heard), questions)
+    for name in ("confidence", *MASKS):
+        torch.testing.assert_close(same[name], terms[name], atol=0, rtol=0)
+    assert (other["confidence"] - terms["confidence"]).abs().max() > 1e-4
+
+
+def test_gates_close_one_path_at_most_at_their_rates(joint: Callable[..., JointStep]) -> None:
+    step = joint(drop_tokens=0.3, drop_concepts=0.5)
+    torch.manual_seed(0)
+    gates = step.gates(4000)
+    assert set(gates.unique().tolist()) == {0.0, 1.0}
+    assert gates.sum(1).min() == 1
+    assert (1 - gates.mean(0)).tolist() == pytest.approx([0.3, 0.5], abs=0.03)
+    assert joint().gates(7).tolist() == [[1, 1]] * 7
+    with pytest.raises(ValidationError, match="shares of the same answers"):
+        stage(drop_tokens=0.6, drop_concepts=0.5)
 
 
 def test_freezing_names_its_parts(assemble: Callable[..., Parts]) -> None:
-    parts = assemble()
-    named = freeze(parts.policy, parts.encoder, parts.interface, stage())
+    policy, encoder, interface, _ = assemble()
+    named = freeze(policy, encoder, interface, stage())
     assert named.keys() == stage().multipliers.model_dump().keys()
-    owned = [id(p) for module in named.values() for p in module.parameters()]
+    owned = [id(p) for part in named.values() for p in part.parameters()]
     assert len(owned) == len(set(owned))  # no weight is moved twice in a step
 
 
@@ -210,20 +246,19 @@ def test_keys_are_those_of_predict(assemble: Callable[..., Parts], tmp_path: Pat
     torch.testing.assert_close(found, wanted.bfloat16(), atol=0, rtol=0)
 
 
-def test_the_place_head_wants_the_centre_of_mass() -> None:
-    """The loss is that of the right bins, and a step along it makes them likelier."""
-    torch.manual_seed(0)
-    place = PlaceHead(16)
-    queries = torch.zeros(1, 16, requires_grad=True)
-    target = torch.zeros(1, 16, 16)
-    target[0, 2:4, 4:6] = 1.0  # rows 2–3 and columns 4–5 of 16: row b, column 3 of 8
-    loss = place.loss(queries, target)
-    loss.backward()
-    moved = (queries - queries.grad).detach()
-    for head, bin_ in ((place.rows, 1), (place.columns, 2)):
-        before, after = head(queries).log_softmax(-1), head(moved).log_softmax(-1)
-        assert after[0, bin_] > before[0, bin_]
-    expected = -(
-        place.rows(queries).log_softmax(-1)[0, 1] + place.columns(queries).log_softmax(-1)[0, 2]
+def test_the_releases_recipe_goes_before_defaults_and_behind_the_file() -> None:
+    base = {"steps": 1, "learning_rate": 0.1}
+    paper = JointStage.model_validate(base)
+    assert (paper.seg_weight, paper.dice_weight, paper.rewards.single) == (1.0, 0.6, "soft_iou")
+    release = JointStage.model_validate({"recipe": "release", "steps": 1})
+    assert release.learning_rate == 1.6e-6
+    assert (release.seg_weight, release.dice_weight) == (0.3, 0.8)
+    assert (release.rewards.single, release.rewards.several) == ("blend", "size")
+    assert release.rewards.mask == 0.7
+    mixed = JointStage.model_validate(
+        {**base, "recipe": "release", "seg_weight": 0.5, "rewards": {"several": "matched"}}
     )
-    torch.testing.assert_close(loss, expected)
+    assert (mixed.learning_rate, mixed.seg_weight, mixed.dice_weight) == (0.1, 0.5, 0.8)
+    assert (mixed.rewards.single, mixed.rewards.several) == ("blend", "matched")
+    for found in (paper, release, mixed):
+        assert JointStage.model_validate(found.model_dump(mode="json")) == found

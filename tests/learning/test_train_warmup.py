@@ -12,7 +12,7 @@ from tiny import policy_config, tiny_qwen_policy
 from segcompass.data.samples import read_dataset
 from segcompass.io.images import load_image
 from segcompass.learning.corpus import DENSE_TARGETS, IGNORED
-from segcompass.learning.train_warmup import DenseHeads, answer_loss
+from segcompass.learning.train_warmup import DenseHeads, answer_losses
 from segcompass.reasoning.loading import load_policy
 from segcompass.types import TokenKind
 
@@ -64,7 +64,7 @@ def test_answers_are_judged_token_by_token(tmp_path: Path, scenes_root: Path) ->
     instructions, thoughts = [s.instruction for s in samples], ["red", "the red mug at b3."]
     sequences = policy.encode(visuals, instructions, thoughts)
     _, hidden = policy(sequences, visuals)
-    loss, right = answer_loss(policy, sequences, hidden)
+    losses, right = answer_losses(policy, sequences, hidden)
     log_probabilities, hits = [], []
     for row, (thought, instruction) in enumerate(zip(thoughts, instructions, strict=True)):
         answer = policy.prompt.encode_answer(thought).ids
@@ -75,6 +75,6 @@ def test_answers_are_judged_token_by_token(tmp_path: Path, scenes_root: Path) ->
         for at in range(len(ids) - len(answer), len(ids)):
             log_probabilities.append(said[at - 1, ids[at]].item())
             hits.append(said[at - 1].argmax().item() == ids[at])
-    assert loss.item() == pytest.approx(-sum(log_probabilities) / len(log_probabilities), rel=1e-4)
-    assert right.item() == pytest.approx(sum(hits) / len(hits))
+    assert losses.tolist() == pytest.approx([-said for said in log_probabilities], rel=1e-4)
+    assert right.tolist() == hits
     assert (sequences.kinds == TokenKind.PADDING).any()  # one of them is shorter

@@ -50,13 +50,14 @@ Threshold = Annotated[
 
 
 class Stage(StrEnum):
-    """What `train` can run; `all` runs the four in order."""
+    """What `train` can run; `all` runs the four in order, `plan` runs nothing."""
 
     SEGMENTER = "segmenter"
     WARMUP = "warmup"
     SAE = "sae"
     JOINT = "joint"
     ALL = "all"
+    PLAN = "plan"
 
 
 class Layout(StrEnum):
@@ -72,6 +73,14 @@ class Control(StrEnum):
 
     QUESTIONS = "shuffle-questions"
     IMAGES = "shuffle-images"
+
+
+class Paths(StrEnum):
+    """What the slot queries are made of."""
+
+    BOTH = "both"
+    TOKENS = "tokens"
+    CONCEPTS = "concepts"
 
 
 def _version(asked: bool) -> None:
@@ -221,6 +230,9 @@ def evaluate(
     force_format: Annotated[
         bool, typer.Option("--force-format", help="Hold the answer to its form.")
     ] = False,
+    paths: Annotated[
+        Paths, typer.Option(help="Make the slot queries of tokens alone, concepts alone, or both.")
+    ] = Paths.BOTH,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -240,6 +252,7 @@ def evaluate(
             batch_size=batch_size,
             control=control and control.value,
             force_format=force_format,
+            paths=paths.value,
             progress=moved,
         )
     if as_json:
@@ -250,7 +263,10 @@ def evaluate(
 
 @app.command()
 def train(
-    stage: Annotated[Stage, typer.Argument(help="What to train; all runs the four in order.")],
+    stage: Annotated[
+        Stage,
+        typer.Argument(help="What to train; all: the four in order; plan: what joint would take."),
+    ],
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", exists=True, dir_okay=False)],
     overrides: Annotated[
         list[str] | None,
@@ -259,11 +275,44 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")
     ] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="plan: how many GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=0, help="plan: GB of each GPU.")] = 80.0,
+    as_json: AsJson = False,
 ) -> None:
     """Train one stage, or all of them, of what CONFIG.yaml describes."""
+    if stage is Stage.PLAN:
+        _show_plan(config, overrides or [], gpus, memory, as_json)
+        return
     from segcompass.learning.train import run
 
     run(stage.value, config, overrides or [], resume)
+
+
+def _show_plan(config: Path, overrides: list[str], gpus: int, memory: float, as_json: bool) -> None:
+    """Memory and work of the joint stage, computed on the meta device."""
+    from segcompass.learning.config import load_config
+    from segcompass.learning.plan import plan
+
+    made = plan(load_config(config, overrides), gpus, memory)
+    if as_json:
+        print(json.dumps(made.as_dict()))
+        return
+    for rows in (made.memory_rows(), made.flops_rows(), console.listing(made.verdict())):
+        console.print_table(rows)
+
+
+@data.command("features")
+def features(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", exists=True, dir_okay=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Change one value of the config; repeatable."),
+    ] = None,
+) -> None:
+    """Compute what the joint stage's frozen image encoders say, once; goes on where it stopped."""
+    from segcompass.learning.precompute import run_features
+
+    print(run_features(config, overrides or []))
 
 
 @data.command("scenes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the picture by a quarter
 logger = logging.getLogger(__name__)
 
 
-def read_reasonseg(root: Path, split: str, *, limit: int | None = None) -> list[Sample]:
+def read_reasonseg(
+    root: Path,
+    split: str,
+    *,
+    limit: int | None = None,
+    on_broken: Callable[[str, DataError], None] | None = None,
+) -> list[Sample]:
     """Read one split: one sample per picture, and in ``train`` one per text.
 
     Source: the ReasonSeg protocol; evaluation asks only the first text of a picture. All shapes
@@ -33,6 +39,8 @@ def read_reasonseg(root: Path, split: str, *, limit: int | None = None) -> list[
         root: the folder that holds the folders train, val, test.
         split: name of one of them.
         limit: keep only the first so many samples; None keeps all.
+        on_broken: is told of pairs of picture and JSON that cannot be read, and the others are;
+            without it the first one is an error.
 
     Returns:
         Samples by file name. ``kind`` is "long" for a whole question, "short" for a phrase.
@@ -44,7 +52,7 @@ def read_reasonseg(root: Path, split: str, *, limit: int | None = None) -> list[
     if not folder.is_dir():
         found = ", ".join(s for s in SPLITS if (root / s).is_dir()) or "none"
         raise DataError(f"{folder} does not exist; splits in {root}: {found}")
-    pairs = _pairs(folder)
+    pairs = _pairs(folder, on_broken or _fail)
     if not pairs:
         raise DataError(f"{folder} holds no JSON files; expected one beside each JPG")
     published = PUBLISHED_IMAGES.get(split) if root.name == "ReasonSeg" else None
@@ -54,8 +62,15 @@ def read_reasonseg(root: Path, split: str, *, limit: int | None = None) -> list[
     for index, (image_path, json_path) in enumerate(pairs):
         if limit is not None and len(samples) >= limit:
             break
-        samples.extend(_samples(image_path, json_path, index, every_text=split == "train"))
+        try:
+            samples += list(_samples(image_path, json_path, index, every_text=split == "train"))
+        except DataError as error:
+            (on_broken or _fail)(json_path.stem, error)
     return samples[:limit]
+
+
+def _fail(_: str, error: DataError) -> None:
+    raise error
 
 
 def write_note(path: Path, text: str, polygons: Sequence[Sequence[masks.Point]]) -> None:
@@ -71,19 +86,22 @@ def write_note(path: Path, text: str, polygons: Sequence[Sequence[masks.Point]])
     path.write_text(dumped, encoding="utf-8", newline="\n")
 
 
-def _pairs(folder: Path) -> list[tuple[Path, Path]]:
+def _pairs(folder: Path, on_broken: Callable[[str, DataError], None]) -> list[tuple[Path, Path]]:
     files = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
     pairs: list[tuple[Path, Path]] = []
     for name in sorted(files):
         path = files[name]
         if path.suffix in IMAGE_ENDINGS and f"{path.stem}.json" not in files:
-            raise DataError(f"{path} has no {path.stem}.json beside it; add it, or take it away")
+            lacks = f"{path} has no {path.stem}.json beside it; add it, or take it away"
+            on_broken(path.stem, DataError(lacks))
         if path.suffix != ".json":
             continue
         image = next((files[n] for e in IMAGE_ENDINGS if (n := path.stem + e) in files), None)
         if image is None:
-            raise DataError(f"the picture of {path} is missing; expected {path.stem}.jpg beside it")
-        pairs.append((image, path))
+            lacks = f"the picture of {path} is missing; expected {path.stem}.jpg beside it"
+            on_broken(path.stem, DataError(lacks))
+        else:
+            pairs.append((image, path))
     return pairs
 
 

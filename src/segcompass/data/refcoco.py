@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -34,6 +34,7 @@ PUBLISHED_SENTENCES: dict[str, dict[str, int]] = {
     "refcoco+": {"train": 120_191, "val": 10_758, "testA": 5_726, "testB": 4_889},
     "refcocog": {"train": 80_512, "val": 4_896, "test": 9_602},
 }
+Broken = Callable[[str, DataError], None]  # is told the name of an entry, and what is wrong with it
 logger = logging.getLogger(__name__)
 
 
@@ -49,20 +50,24 @@ class ImageRecord:
     description: str  # the oracle's description of the whole picture
 
 
-def read_refcoco(root: Path, split: str, *, limit: int | None = None) -> list[Sample]:
+def read_refcoco(
+    root: Path, split: str, *, limit: int | None = None, on_broken: Broken | None = None
+) -> list[Sample]:
     """Read one split of RefCOCO, RefCOCO+ or RefCOCOg, one sample per sentence, in file order.
 
     Args:
         root: the folder that holds ``refs(unc).p`` (or ``umd``, ``google``) and ``instances.json``.
         split: as the references name it: train, val, testA, testB or test.
         limit: keep only the first so many samples; None keeps all.
+        on_broken: is told of references that cannot be read, and the others are; without it the
+            first one is an error.
 
     Raises:
         DataError: a file is missing or damaged, or the split does not exist.
         UnsafeFileError: the pickle asks for anything but plain data.
     """
     path = find_references(root, "refs({}).p")
-    samples = _read(root, path, _load_pickle(path), split, limit)
+    samples = _read(root, path, _load_pickle(path), split, limit, on_broken)
     published = PUBLISHED_SENTENCES.get(root.name.lower(), {}).get(split)
     real = bool(samples) and samples[0].image_path.name.startswith("COCO_")
     if limit is None and real and published not in (None, len(samples)):
@@ -72,14 +77,16 @@ def read_refcoco(root: Path, split: str, *, limit: int | None = None) -> list[Sa
     return samples
 
 
-def read_grefcoco(root: Path, split: str, *, limit: int | None = None) -> list[Sample]:
+def read_grefcoco(
+    root: Path, split: str, *, limit: int | None = None, on_broken: Broken | None = None
+) -> list[Sample]:
     """Read one split of gRefCOCO, or of scenes in that layout, one sample per sentence.
 
     Args and errors as for ``read_refcoco``; the references are ``grefs(unc).json``. With the side
     file of scenes beside it, samples carry kind, thought and objects.
     """
     path = find_references(root, "grefs({}).json")
-    return _read(root, path, load_json(path), split, limit)
+    return _read(root, path, load_json(path), split, limit, on_broken)
 
 
 def read_images(root: Path, split: str) -> list[ImageRecord]:
@@ -225,17 +232,31 @@ class Instances:
         raise DataError(f"image {name} is missing; looked in {looked}")
 
 
-def _read(root: Path, path: Path, references: Any, split: str, limit: int | None) -> list[Sample]:
+def _read(
+    root: Path,
+    path: Path,
+    references: Any,
+    split: str,
+    limit: int | None,
+    on_broken: Broken | None,
+) -> list[Sample]:
     table = Instances(root)
     samples: list[Sample] = []
     for reference in _of_split(path, references, split):
         if limit is not None and len(samples) >= limit:
             break
+        name = reference.get("ref_id")
         try:
-            samples.extend(_samples(reference, table))
+            samples += list(_samples(reference, table))
+        except DataError as error:
+            if on_broken is None:
+                raise
+            on_broken(str(name), error)
         except (KeyError, TypeError) as error:
-            name = reference.get("ref_id")
-            raise DataError(f"{path}, reference {name}: {error!r} is missing or odd") from error
+            odd = DataError(f"{path}, reference {name}: {error!r} is missing or odd")
+            if on_broken is None:
+                raise odd from error
+            on_broken(str(name), odd)
     return samples[:limit]
 
 

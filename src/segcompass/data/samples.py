@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from segcompass.data import reasonseg, refcoco
-from segcompass.data.refcoco import ImageRecord
+from segcompass.data.refcoco import Broken, ImageRecord
 from segcompass.io.errors import DataError
 from segcompass.types import Sample
 
-__all__ = ["LAYOUTS", "MANIFEST", "ImageRecord", "locate", "read_dataset", "read_images"]
+__all__ = ["LAYOUTS", "MANIFEST", "Broken", "ImageRecord", "locate", "read_dataset", "read_images"]
 
 MANIFEST = "manifest.json"  # marks a folder of scenes, which holds every layout
 LAYOUTS: dict[str, str] = {
@@ -26,7 +26,12 @@ _READERS: dict[str, Callable[..., list[Sample]]] = {
 
 
 def read_dataset(
-    root: Path, split: str, *, layout: str | None = None, limit: int | None = None
+    root: Path,
+    split: str,
+    *,
+    layout: str | None = None,
+    limit: int | None = None,
+    on_broken: Broken | None = None,
 ) -> list[Sample]:
     """Read one split of a data set in any of the layouts, in the order of its files.
 
@@ -36,6 +41,8 @@ def read_dataset(
         split: train, val, test, testA or testB.
         layout: refcoco, grefcoco or reasonseg; None finds out.
         limit: keep only the first so many samples; None keeps all.
+        on_broken: is told of every entry that cannot be read, by name; the others are read. Without
+            it the first such entry is an error.
 
     Raises:
         DataError: no layout fits, several do, or the data set is incomplete.
@@ -44,7 +51,7 @@ def read_dataset(
     if limit is not None and limit < 0:
         raise DataError(f"limit must be 0 or more, received {limit}")
     name, folder = locate(Path(root), layout)
-    return _READERS[name](folder, split, limit=limit)
+    return _READERS[name](folder, split, limit=limit, on_broken=on_broken)
 
 
 def read_images(root: Path, split: str) -> list[ImageRecord]:

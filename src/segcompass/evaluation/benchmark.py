@@ -45,7 +45,12 @@ class Model(Protocol):
         """Tells its weights and config from any others."""
 
     def predict_batch(
-        self, images: Sequence[Any], instructions: Sequence[str], *, force_format: bool
+        self,
+        images: Sequence[Any],
+        instructions: Sequence[str],
+        *,
+        force_format: bool,
+        paths: str,
     ) -> list[Prediction]:
         """Answer a batch, greedily."""
 
@@ -70,6 +75,7 @@ def evaluate(
     batch_size: int = 32,
     control: str | None = None,
     force_format: bool = False,
+    paths: str = "both",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure ``model`` on one split.
@@ -87,6 +93,7 @@ def evaluate(
             "shuffle-images" every question another picture. Both are scored on the sample's own
             target: a model that looks and reads must fail.
         force_format: hold the answer to its form.
+        paths: what the slot queries are made of: tokens, concepts, or both.
         progress: called with (samples done, samples in all).
 
     Returns:
@@ -110,13 +117,15 @@ def evaluate(
         # Without a control the first n samples are the same whatever the limit.
         "limit": limit if control else None,
         "force_format": force_format,
+        "paths": paths,
     }
     log = _Log(out, settings)
     todo = [q for q in questions if q.sample.sample_id not in log.scores]
     for start in range(0, len(todo), batch_size):
         if progress is not None:
             progress(len(questions) - len(todo) + start, len(questions))
-        log.add(_answer(model, todo[start : start + batch_size], force_format=force_format))
+        batch = todo[start : start + batch_size]
+        log.add(_answer(model, batch, force_format=force_format, paths=paths))
     if progress is not None:
         progress(len(questions), len(questions))
     figures = Metrics(log.scores[s.sample_id] for s in samples).result()
@@ -162,12 +171,12 @@ def pose(samples: Sequence[Sample], control: str | None) -> list[Question]:
 
 
 def _answer(
-    model: Model, batch: Sequence[Question], *, force_format: bool
+    model: Model, batch: Sequence[Question], *, force_format: bool, paths: str
 ) -> Iterator[tuple[PairScore, dict[str, Any]]]:
     """Predict a batch and score it; with each score, what else its row holds."""
     images = [_picture(question) for question in batch]
     instructions = [question.instruction for question in batch]
-    found = model.predict_batch(images, instructions, force_format=force_format)
+    found = model.predict_batch(images, instructions, force_format=force_format, paths=paths)
     for question, prediction in zip(batch, found, strict=True):
         yield _score(question.sample, prediction), _details(question, prediction)
 

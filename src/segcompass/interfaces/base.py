@@ -22,6 +22,10 @@ class Alignment(NamedTuple):
     slot_attention: Float[Tensor, "B K L"] | None  # which tokens each slot reads
 
 
+# What the paths from language to queries are scaled with: (concentration tokens, concepts).
+PATHS: dict[str, tuple[float, float]] = {"both": (1, 1), "tokens": (1, 0), "concepts": (0, 1)}
+
+
 class Interface(Protocol):
     """A way of aligning: states of the reasoning and image keys in, slots and masks out."""
 
@@ -32,6 +36,7 @@ class Interface(Protocol):
         *,
         padding: Bool[Tensor, "B h w"] | None = None,
         need_attention: bool = False,
+        gates: Float[Tensor, "#B 2"] | None = None,
     ) -> Alignment:
         """From the policy's states to heatmaps and confidences."""
 

@@ -54,10 +54,19 @@ class Fusion(nn.Module):
         self.mix = nn.Linear(2 * policy_width, policy_width)
 
     def forward(
-        self, tokens: Float[Tensor, "B K D"], concepts: Float[Tensor, "B K C"]
+        self,
+        tokens: Float[Tensor, "B K D"],
+        concepts: Float[Tensor, "B K C"],
+        gates: Float[Tensor, "#B 2"] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """Fuse both into queries of the policy's width."""
-        joined = torch.cat([tokens, self.project(concepts)], dim=-1)
+        """Fuse both into queries of the policy's width.
+
+        ``gates`` scale the two paths, tokens first: 0 cuts a path off.
+        """
+        told = self.project(concepts)
+        if gates is not None:
+            tokens, told = tokens * gates[:, :1, None], told * gates[:, 1:, None]
+        joined = torch.cat([tokens, told], dim=-1)
         return nn.functional.silu(self.mix(self.norm(joined)))
 
 
@@ -119,6 +128,7 @@ class ConceptSlots(nn.Module):
         *,
         padding: Bool[Tensor, "B h w"] | None = None,
         need_attention: bool = False,
+        gates: Float[Tensor, "#B 2"] | None = None,
     ) -> Alignment:
         """Eq. 4, Fig. 3, Eq. 2 and Eq. 5 in this order.
 
@@ -127,6 +137,7 @@ class ConceptSlots(nn.Module):
             keys: Image keys from the segmenter's encoder.
             padding: Grid cells that show no image.
             need_attention: Also tell which tokens each slot reads.
+            gates: How much of the concentration tokens and of the concepts reaches the queries.
         """
         readable = read_by_sae(states)
         parameter = self.fusion.mix.weight
@@ -134,7 +145,7 @@ class ConceptSlots(nn.Module):
         codes = spread_rows(codes, readable.flatten())
         concepts = self.codebook(codes, readable, need_attention=need_attention)
         tokens = states.concentration_states.to(parameter.dtype)
-        queries = self.fusion(tokens, concepts.vectors)
+        queries = self.fusion(tokens, concepts.vectors, gates)
         slots = self.mapper(queries, keys, padding)
         return Alignment(slots, queries, concepts.vectors, codes, concepts.slot_attention)
 

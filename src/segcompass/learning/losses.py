@@ -31,11 +31,23 @@ def map_bce(logits: Float[Tensor, "M h w"], targets: Float[Tensor, "M h w"]) -> 
     return cells.flatten(1).mean(-1)
 
 
+def focal_loss(
+    logits: Float[Tensor, "M h w"], targets: Float[Tensor, "M h w"], gamma: float = 2.0
+) -> Float[Tensor, "M"]:
+    """Cross-entropy of each map with its easy cells held down, mean over cells.
+
+    Source: the focal loss of RetinaNet, without its class weight.
+    """
+    cells = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    missed = (logits.sigmoid() - targets).abs()
+    return (cells * missed**gamma).flatten(1).mean(-1)
+
+
 def confidence_bce(
     logits: Float[Tensor, "B K"], matched: Float[Tensor, "B K"]
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, "B*K"]:
     """L_conf of Eq. 6: every slot against whether it was matched."""
-    return F.binary_cross_entropy_with_logits(logits, matched)
+    return F.binary_cross_entropy_with_logits(logits, matched, reduction="none").flatten()
 
 
 def pairwise_dice(

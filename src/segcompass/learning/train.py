@@ -3,6 +3,7 @@
 RUN/config.json        the resolved config
 RUN/stages/STAGE/      log.jsonl, state.safetensors
 RUN/segmenter, policy, sae    what the stages hand on, each in its ecosystem's format
+RUN/supervised/        the model after the joint stage's oracle steps, if rollouts follow them
 RUN/model/             the finished model folder
 """
 
@@ -21,13 +22,26 @@ from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.io.checkpoints import replace_folder
 from segcompass.io.errors import ConfigError
 from segcompass.io.progress import progress
+from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig, load_config
-from segcompass.learning.corpus import read_samples
+from segcompass.learning.distributed import World, start
+from segcompass.learning.features import limit_pixels
+from segcompass.learning.fit import check_policy, check_sae
+from segcompass.learning.lora import merged_state
+from segcompass.learning.sharding import full_state
+from segcompass.learning.states import saved_states
 from segcompass.learning.train_joint import train_joint
 from segcompass.learning.train_sae import train_sae
 from segcompass.learning.train_segmenter import train_segmenter
 from segcompass.learning.train_warmup import train_language, train_vision
-from segcompass.model_folder import ModelConfig, build_interface, load_segmenter, save_model
+from segcompass.model_folder import (
+    ModelConfig,
+    Parts,
+    build_interface,
+    load_parts,
+    load_segmenter,
+    save_model,
+)
 from segcompass.reasoning.loading import load_policy, new_policy, save_policy
 from segcompass.reasoning.policy import Policy
 
@@ -56,17 +70,21 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> Pa
     names = list(STAGES) if stage == "all" else [stage]
     if not resume:
         _refuse_overwriting(config.run, names)
-    config.run.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)
-    (config.run / "config.json").write_text(text + "\n")
-    write_data(config)
-    return [STAGES[name](config) for name in names][-1]
+    with start() as world:
+        if world.is_main:
+            config.run.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)
+            (config.run / "config.json").write_text(text + "\n")
+            write_data(config)
+            training_samples(config.data, run=config.run)  # bad data ends the run here, not later
+        world.barrier()
+        return [STAGES[name](config) for name in names][-1]
 
 
 def _refuse_overwriting(folder: Path, stages: list[str]) -> None:
     """Before anything is touched: no stage that would run may have been here already."""
     for stage in stages:
-        for state in sorted(folder.glob(f"stages/{stage}*/state.safetensors")):
+        for state in (s for f in folder.glob(f"stages/{stage}*") for s in saved_states(f)):
             raise ConfigError(
                 f"{state} is from an earlier run; pass --resume to continue it, "
                 "set another `run` folder, or delete it"
@@ -111,18 +129,29 @@ def run_sae(config: RunConfig) -> Path:
 
 def run_joint(config: RunConfig) -> Path:
     """Train the head with the upper policy, and write the finished model."""
-    policy = warm_policy(config)
-    sam = load_segmenter(_made_by("segmenter", config.run / "segmenter"))
-    sae = SparseAutoencoder.load(_made_by("sae", config.run / "sae"))
-    model = ModelConfig(name=config.run.name, policy=config.policy.use, head=config.head)
-    torch.manual_seed(config.seed)
-    interface = build_interface(model, policy, sam, sae)
+    model, policy, sam, interface, _ = start_model(config)
     stage = config.train_joint
-    train_joint(policy, ImageEncoder(sam), interface, config, stage, config.run / "stages/joint")
-    folder = config.run / "model"
-    metadata = sae_metadata(config)
-    save_model(folder, model, policy, sam, sae, interface, sae_metadata=metadata)
-    return folder
+
+    world = World.current()
+
+    def keep(name: str) -> Path:
+        state = policy.model.state_dict()
+        if world.size > 1:
+            state = full_state(policy, world, getattr(torch, config.policy.dtype))
+        state = merged_state(policy, state)
+        if world.is_main:
+            parts = (policy, sam, interface.sae, interface)
+            save_model(config.run / name, model, *parts, policy_state=state)
+        world.barrier()
+        return config.run / name
+
+    def before(step: int) -> None:
+        if 0 < step == stage.oracle_steps:
+            keep("supervised")  # what reinforcement starts from, and is compared with
+
+    encoder, folder = ImageEncoder(sam), config.run / "stages/joint"
+    train_joint(policy, encoder, interface, config, stage, folder, before)
+    return keep("model")
 
 
 STAGES: dict[str, Callable[[RunConfig], Path]] = {
@@ -136,9 +165,12 @@ STAGES: dict[str, Callable[[RunConfig], Path]] = {
 def start_policy(config: RunConfig) -> Policy:
     """The policy that warm-up begins with."""
     source = config.policy
+    check_policy(source)
     if source.source != "scratch":
-        return load_policy(source.source, source.use, dtype=getattr(torch, source.dtype))
-    samples = read_samples(config.data)
+        policy = load_policy(source.source, source.use, dtype=getattr(torch, source.dtype))
+        limit_pixels(policy.backbone, config.data.image_pixels)
+        return policy
+    samples = training_samples(config.data, run=config.run)
     texts = [text for s in samples for text in (s.instruction, s.thought or "")]
     policy = new_policy(source.scratch, source.use, texts, config.seed)
     policy.model.to(getattr(torch, source.dtype))
@@ -152,7 +184,24 @@ def warm_policy(config: RunConfig) -> Policy:
         if config.policy.source == "scratch":
             _made_by("warmup", folder)
         return start_policy(config)
+    check_policy(config.policy, folder)
     return load_policy(folder, config.policy.use, dtype=getattr(torch, config.policy.dtype))
+
+
+def start_model(config: RunConfig) -> Parts:
+    """What the joint stage begins with: the earlier stages' parts, or a finished model."""
+    torch.manual_seed(config.seed)
+    if config.train_joint.start is not None:
+        parts = load_parts(config.train_joint.start, dtype=config.policy.dtype)
+        return parts._replace(config=parts.config.model_copy(update={"name": config.run.name}))
+    policy = warm_policy(config)
+    sam = load_segmenter(_made_by("segmenter", config.run / "segmenter"))
+    folder = _made_by("sae", config.run / "sae")
+    check_sae(folder, policy.width, config.policy.use.sae_layer)
+    sae = SparseAutoencoder.load(folder)
+    model = ModelConfig(name=config.run.name, policy=config.policy.use, head=config.head)
+    torch.manual_seed(config.seed)
+    return Parts(model, policy, sam, build_interface(model, policy, sam, sae), fingerprint="")
 
 
 def sae_metadata(config: RunConfig) -> dict[str, str | int]:

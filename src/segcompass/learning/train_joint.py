@@ -1,39 +1,47 @@
-"""Joint training: segmentation and confidence losses through slots, concepts and policy (Eq. 6).
+"""Joint training: reinforcement shapes the reasoning, supervision the masks, in one backward pass.
+
+    question -> G sampled answers -> their masks -> rewards -> advantages          Eq. 10, B.3
+             -> one policy pass with gradient -> log-probabilities                 Eq. 10
+                                              -> concepts, slots, matched masks    Eq. 6
+             -> one pass of the frozen reference -> KL penalty                     Eq. 11
 
 Frozen: the segmenter's image encoder (its keys are computed once), the SAE, and the policy up to
-the SAE layer, so that what the SAE reads does not drift. One policy pass gives the states of the
-SAE layer, the concentration tokens and the answer's log-probabilities.
+the SAE layer, so that what the SAE reads does not drift. In the first ``oracle_steps`` the answers
+are the data set's own: the head learns to read before its masks are anyone's reward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from segcompass.geometry import Frame, padding_mask
+from segcompass.geometry import padding_mask
 from segcompass.grounding.image_encoder import ImageEncoder
+from segcompass.interfaces.base import Alignment
 from segcompass.interfaces.concept_slots import ConceptSlots
-from segcompass.io.images import load_image
+from segcompass.learning.checks import training_samples
 from segcompass.learning.config import JointStage, RunConfig
-from segcompass.learning.corpus import (
-    BlockMemo,
-    encode_answers,
-    feature_memo,
-    read_samples,
-    target_grid,
-    visual_memo,
-)
+from segcompass.learning.corpus import encode_answers, target_grid
+from segcompass.learning.distributed import World
+from segcompass.learning.freezing import freeze, frozen_copy
+from segcompass.learning.grpo import advantages, answer_log_probs, grpo_loss
 from segcompass.learning.loop import Loop, Losses, grouped_indices
-from segcompass.learning.losses import confidence_bce, dice_loss, map_bce
-from segcompass.learning.matching import Matches, match
-from segcompass.learning.train_warmup import answer_loss
+from segcompass.learning.lora import reference as without_adapters
+from segcompass.learning.questions import PictureMemo, Questions
+from segcompass.learning.rewards import format_score, mask_score
+from segcompass.learning.rollouts import Rollouts, sample_answers
+from segcompass.learning.segmentation import PlaceHead, Terms, segmentation_terms
+from segcompass.learning.sharding import anchor, enable_checkpointing, shard
+from segcompass.learning.train_warmup import answer_losses
+from segcompass.learning.watch import joint_observers, joint_panels
+from segcompass.pipeline import SegCompass
 from segcompass.reasoning.policy import Policy
-from segcompass.types import Sample, Slots
+from segcompass.types import ReasoningBatch
 
 
 def train_joint(
@@ -43,141 +51,202 @@ def train_joint(
     config: RunConfig,
     stage: JointStage,
     folder: Path,
+    before: Callable[[int], None] = lambda _step: None,
 ) -> None:
-    """Train everything after the SAE layer on masks; see `JointStage` for the weights."""
-    samples = read_samples(config.data)[: stage.samples]
-    paths = [s.image_path for s in samples]
-    place = PlaceHead(policy.width)
-    trained = {**freeze(policy, encoder, interface, stage), "place": place}
-    loop = Loop(folder, "joint", trained, stage, config.seed, stage.multipliers.model_dump())
+    """Train everything after the SAE layer; see `JointStage` for what is rewarded and what costs.
+
+    ``before`` is called on every rank with the number of each step that is about to be taken.
+
+    Raises:
+        DataError: if the data is missing or broken.
+        DivergenceError: if a loss is no longer finite.
+    """
+    parts = freeze(policy, encoder, interface, stage, config.seed)
+    step = JointStep(policy, encoder, interface, config, stage)
+    parts["place"] = step.place
+    if stage.gradient_checkpointing:
+        enable_checkpointing(policy)
+    for part in filter(None, (policy, step.reference)):
+        shard(part, step.world)
+    loop = Loop(
+        folder,
+        "joint",
+        parts,
+        stage,
+        config.seed,
+        stage.multipliers.model_dump(),
+        observers=joint_observers(config, stage, folder),
+    )
+    model = SegCompass(policy, encoder, interface)
+    panels = joint_panels(config, stage, folder, model, step.world)
     loop.resume()
-    visuals = visual_memo(policy.backbone)
-    features, keys = feature_memo(policy.backbone, visuals, paths), key_memo(encoder, paths)
-    lengths = [len(s.thought or "") + len(s.instruction) for s in samples]
+    losses = panels.before(step) if panels else step
 
-    def losses(step: int) -> Losses:
-        chosen = grouped_indices(step, stage.batch, lengths, stage.group, config.seed)
-        batch = [samples[i] for i in chosen]
-        pictures, sequences = encode_answers(policy, batch, visuals)
-        seen = [features(s.image_path) for s in batch]
-        states, hidden = policy(sequences, pictures, seen)
-        stacked = torch.stack([keys(s.image_path).float() for s in batch])
-        frames = [Frame.fit(s.image_hw, encoder.side) for s in batch]
-        padding = padding_mask(frames, encoder.grid)
-        alignment = interface.align(states, stacked, padding=padding)
-        result, matches = segmentation_losses(
-            interface, stacked, alignment.slots, batch, frames, stage
+    def one_step(number: int) -> Losses:
+        before(number)
+        return losses(number)
+
+    loop.run(one_step)
+    if panels:
+        panels(loop.step)
+
+
+class JointStep:
+    """The losses of one step, as a function of its number."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        encoder: ImageEncoder,
+        interface: ConceptSlots,
+        config: RunConfig,
+        stage: JointStage,
+    ) -> None:
+        self.policy, self.encoder, self.interface = policy, encoder, interface
+        self.stage, self.seed, self.world = stage, config.seed, World.current()
+        self.place = PlaceHead(policy.width).to(policy.model.device)
+        samples = training_samples(config.data, policy.prompt, config.run)
+        self.samples = samples[: stage.samples]
+        self.lengths = [len(s.thought or "") + len(s.instruction) for s in self.samples]
+        paths = [s.image_path for s in self.samples]
+        self.pictures = PictureMemo(policy, encoder, paths, config.data.features)
+        self.questions = self.pictures.questions
+        learns = stage.rl_weight > 0 and stage.oracle_steps < stage.steps
+        self.penalised = learns and stage.grpo.kl > 0
+        copied = self.penalised and stage.lora is None  # else its adapters are switched off
+        self.reference = frozen_copy(policy) if copied else None
+
+    def __call__(self, step: int) -> Losses:
+        """The weighted sum of Eq. 6, and everything worth a line in the log."""
+        told = step < self.stage.oracle_steps
+        count = self.stage.batch * (self.stage.rollout.group if told else 1)
+        chosen = grouped_indices(step, count, self.lengths, self.stage.group, self.seed)
+        samples = [self.samples[i] for i in self.world.slice(chosen)]
+        questions = self.questions(samples)
+        terms, hidden = (self.from_oracle if told else self.from_rollouts)(questions)
+        means = self.world.means(terms)
+        weights = self.stage.weights()
+        nothing = 0 * self.place.rows.bias.sum()  # frozen layers, no whole answer: still a gradient
+        parts = [weights[name] * means[name] for name in weights if name in means]
+        loss = torch.stack([nothing, anchor(hidden), *parts]).sum()
+        answers = len(questions.samples) * (1 if told else self.stage.rollout.group)
+        figures = {name: mean.detach() for name, mean in means.items()}
+        return {"loss": loss, **figures, "answers": torch.tensor(answers)}
+
+    def from_oracle(self, questions: Questions) -> tuple[Terms, Float[Tensor, "B L D"]]:
+        """Supervision alone, on the data set's own answers; also the last states."""
+        _, sequences = encode_answers(self.policy, questions.samples, self.pictures.visuals)
+        states, hidden = self.policy(sequences, questions.visuals, questions.features)
+        with torch.set_grad_enabled(self.stage.language_weight > 0):
+            language, _ = answer_losses(self.policy, sequences, hidden)
+        return {"language": language, **self.segmentation(states, questions)}, hidden
+
+    def from_rollouts(self, questions: Questions) -> tuple[Terms, Float[Tensor, "B L D"]]:
+        """Both halves of Eq. 6, on answers that the policy writes now; also the last states."""
+        group = self.stage.rollout.group
+        questions = questions.take(i for i in range(len(questions.samples)) for _ in range(group))
+        instructions = [s.instruction for s in questions.samples]
+        rollouts = sample_answers(
+            self.policy, questions.visuals, instructions, self.stage.rollout, questions.features
         )
-        if stage.place_weight > 0 and len(matches.images):
-            where = place.loss(alignment.queries[matches.images, matches.slots], matches.targets)
-            result["loss"] = result["loss"] + stage.place_weight * where
-            result["place"] = where.detach()
-        with torch.set_grad_enabled(stage.language_weight > 0):
-            language, _ = answer_loss(policy, sequences, hidden)
-        if stage.language_weight > 0:
-            result["loss"] = result["loss"] + stage.language_weight * language
-        return {**result, "language": language.detach()}
+        states, hidden = self.policy(rollouts.sequences, questions.visuals, questions.features)
+        rewards = self.rewards(rollouts, questions)
+        good = rollouts.well_formed
+        chosen = ReasoningBatch(*(part[good] for part in states))
+        terms = {
+            **self.reinforcement(rollouts, questions, hidden, rewards["reward"]),
+            **(self.segmentation(chosen, questions.take(_rows(good))) if good.any() else {}),
+            **rewards,
+            "length": rollouts.is_answer.sum(1).float(),
+            "well_formed": good.float(),
+        }
+        return terms, hidden
 
-    loop.run(losses)
+    def segmentation(self, states: ReasoningBatch, questions: Questions) -> Terms:
+        """The supervised terms of well-formed answers."""
+        alignment = self.align(states, questions, self.gates(len(states.token_ids)))
+        return segmentation_terms(
+            self.interface,
+            questions.keys,
+            alignment,
+            questions.samples,
+            questions.frames,
+            order=self.stage.order_weight,
+            place=self.place if self.stage.place_weight > 0 else None,
+        )
 
+    def reinforcement(
+        self,
+        rollouts: Rollouts,
+        questions: Questions,
+        hidden: Float[Tensor, "B L D"],
+        rewards: Float[Tensor, "B"],
+    ) -> Terms:
+        """GRPO's loss and the KL divergence of every answer."""
+        temperature, group = self.stage.rollout.temperature, self.stage.rollout.group
+        tokens = (rollouts.sequences.ids, rollouts.is_answer, temperature)
+        new = answer_log_probs(self.policy, hidden, *tokens)
+        before = None
+        if self.penalised:
+            with torch.no_grad(), self.as_it_was() as reference:
+                _, states = reference(rollouts.sequences, questions.visuals, questions.features)
+                before = answer_log_probs(reference, states, *tokens)
+        groups = rewards.view(-1, group)
+        advantage = advantages(groups).flatten()
+        loss, kl, clipped = grpo_loss(
+            new, rollouts.log_probs, before, rollouts.is_answer, advantage, self.stage.grpo
+        )
+        decided = groups.std(1, correction=0) > 1e-6
+        return {"policy": loss, "kl": kl, "clipped": clipped, "groups_that_teach": decided.float()}
 
-def segmentation_losses(
-    interface: ConceptSlots,
-    keys: Float[Tensor, "B C h w"],
-    slots: Slots,
-    batch: list[Sample],
-    frames: list[Frame],
-    stage: JointStage,
-) -> tuple[Losses, Matches]:
-    """L_seg and L_conf of Eq. 6 on matched slots, and how good the matched masks are.
-
-    Only matched slots are decoded. Slots of pictures without a target learn to be unsure.
-    """
-    side, grid = frames[0].side, keys.shape[-1]
-    coarse = [target_grid(s.targets, s.image_hw, side, grid) for s in batch]
-    fine = [target_grid(s.targets, s.image_hw, side, 4 * grid) for s in batch]
-    matches = match(slots.heatmap_logits, slots.confidence_logits, coarse, order=stage.order_weight)
-    matched = torch.zeros_like(slots.confidence_logits)
-    matched[matches.images, matches.slots] = 1.0
-    confidence = confidence_bce(slots.confidence_logits, matched)
-    result = {"loss": stage.conf_weight * confidence, "confidence": confidence.detach()}
-    if len(matches.images) == 0:
-        return result, matches
-    chosen = (matches.images, matches.slots)
-    heatmaps = slots.heatmap_logits[chosen]
-    logits = interface.decode(keys, slots, frames=frames, select=chosen)
-    rows = zip(matches.images.tolist(), matches.indices.tolist(), strict=True)
-    targets = torch.stack([fine[image][index] for image, index in rows])
-    bce = map_bce(heatmaps, matches.targets).mean()
-    sketch = dice_loss(heatmaps, matches.targets).mean()
-    dice = dice_loss(logits, targets).mean()
-    segmentation = bce + stage.heatmap_dice_weight * sketch + stage.dice_weight * dice
-    figures = {
-        "loss": result["loss"] + stage.seg_weight * segmentation,
-        "confidence": confidence.detach(),
-        "heatmap_bce": bce.detach(),
-        "heatmap_dice": sketch.detach(),
-        "dice": dice.detach(),
-        "iou": _iou(logits > 0, targets > 0.5).mean(),
-    }
-    return figures, matches
-
-
-def _iou(found: Bool[Tensor, "M h w"], truth: Bool[Tensor, "M h w"]) -> Float[Tensor, "M"]:
-    either = (found | truth).flatten(1).sum(-1).clamp_min(1)
-    return (found & truth).flatten(1).sum(-1) / either
-
-
-class PlaceHead(nn.Module):
-    """Reads a target's row and column off its slot's query; only while training.
-
-    Maps alone teach this slowly: for long, every slot draws every object. Told the place, queries
-    soon carry it in a form that the mapper's positional keys can match.
-    """
-
-    BINS = 8
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.rows, self.columns = nn.Linear(width, self.BINS), nn.Linear(width, self.BINS)
-
-    def loss(
-        self, queries: Float[Tensor, "M D"], targets: Float[Tensor, "M h w"]
-    ) -> Float[Tensor, ""]:
-        """Cross-entropy of the bins that hold the targets' centres of mass."""
-        mass = targets.flatten(1).sum(-1).clamp_min(1e-6)
-        scale = torch.linspace(0, self.BINS, targets.shape[-1] + 1)[:-1].to(targets)
-        scale = scale + self.BINS / targets.shape[-1] / 2  # centres of cells, in bins
-        rows = (targets.sum(2) @ scale / mass).long().clamp_max(self.BINS - 1)
-        columns = (targets.sum(1) @ scale / mass).long().clamp_max(self.BINS - 1)
-        by_row = F.cross_entropy(self.rows(queries), rows)
-        return by_row + F.cross_entropy(self.columns(queries), columns)
-
-
-def freeze(
-    policy: Policy, encoder: ImageEncoder, interface: ConceptSlots, stage: JointStage
-) -> dict[str, nn.Module]:
-    """Freeze what this stage leaves alone; returns the trained parts by name."""
-    policy.requires_grad_(False)
-    encoder.requires_grad_(False)
-    interface.sae.requires_grad_(False)
-    parts: dict[str, nn.Module] = {
-        "codebook": interface.codebook,
-        "head": nn.ModuleList([interface.fusion, interface.mapper]),
-        "decoder": interface.decoder,
-    }
-    if stage.train_upper_layers:
-        upper = nn.ModuleList(policy.backbone.layers[policy.config.sae_layer + 1 :])
-        parts["policy"] = nn.ModuleList([upper, policy.backbone.final_norm]).requires_grad_(True)
-    return parts
-
-
-def key_memo(encoder: ImageEncoder, paths: Iterable[Path]) -> BlockMemo[Tensor]:
-    """Image keys of the frozen encoder, (C, h, w) for every picture, in half precision."""
+    @contextmanager
+    def as_it_was(self) -> Iterator[Policy]:
+        """The policy as it was when the stage began."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        with without_adapters(self.policy):
+            yield self.policy
 
     @torch.no_grad()
-    def make(block: list[Path]) -> list[Tensor]:
-        pixels, _ = encoder.preprocess([load_image(path) for path in block])
-        return [keys.bfloat16().clone() for keys in encoder(pixels)]
+    def rewards(self, rollouts: Rollouts, questions: Questions) -> dict[str, Float[Tensor, "B"]]:
+        """What each answer earns, from the states it was written with."""
+        form = [format_score(self.policy.prompt, ids) for ids in rollouts.ids]
+        masks = [0.0] * len(form)
+        good = _rows(rollouts.well_formed)
+        if good:
+            chosen = questions.take(good)
+            states = ReasoningBatch(*(part[good] for part in rollouts.states))
+            slots = self.align(states, chosen).slots
+            counts = slots.confidence_logits.sigmoid() > self.stage.rewards.threshold
+            rows, columns = counts.nonzero().unbind(1)
+            select = (rows, columns)
+            logits = self.interface.decode(chosen.keys, slots, frames=chosen.frames, select=select)
+            found = torch.split(logits, counts.sum(1).tolist())
+            side, grid = self.encoder.side, 4 * chosen.keys.shape[-1]
+            for row, sample, maps in zip(good, chosen.samples, found, strict=True):
+                wanted = target_grid(sample.targets, sample.image_hw, side, grid)
+                masks[row] = mask_score(maps, wanted.to(maps.device), self.stage.rewards)
+        device = questions.keys.device
+        parts = torch.tensor(form, device=device), torch.tensor(masks, device=device)
+        total = self.stage.rewards.format * parts[0] + self.stage.rewards.mask * parts[1]
+        return {"reward": total, "reward_format": parts[0], "reward_mask": parts[1]}
 
-    return BlockMemo(make, paths)
+    def align(
+        self, states: ReasoningBatch, questions: Questions, gates: Tensor | None = None
+    ) -> Alignment:
+        """From states to slots, padding left out."""
+        grid = questions.keys.shape[-1]
+        padding = padding_mask(questions.frames, grid, questions.keys.device)
+        return self.interface.align(states, questions.keys, padding=padding, gates=gates)
+
+    def gates(self, count: int) -> Float[Tensor, "B 2"]:
+        """Cut off one path of some rows, never both, so that neither path becomes decorative."""
+        draw = torch.rand(count, device=self.place.rows.weight.device)
+        tokens = draw >= self.stage.drop_tokens
+        concepts = draw < 1 - self.stage.drop_concepts
+        return torch.stack([tokens, concepts], 1).float()
+
+
+def _rows(mask: Bool[Tensor, "B"]) -> list[int]:
+    return [int(i) for i in mask.nonzero().flatten()]

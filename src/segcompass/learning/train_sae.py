@@ -1,77 +1,137 @@
 """Train the sparse autoencoder on the frozen policy's states (Eq. 7).
 
-Tokens of many sequences are gathered into one shuffled buffer, so that no batch is the tokens of
-one picture. Padding and concentration tokens are left out: the SAE never sees them later either.
+Tokens of many sequences come in a shuffled stream (`activations.py`), so that no batch is the
+tokens of one picture. Padding, end-of-text and concentration tokens are left out: the SAE never
+sees them later either. Under torchrun each rank reads its own slice of the data; gradients and
+counts are those of all ranks' tokens together.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
-from segcompass.interfaces.concept_slots import read_by_sae
+from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
+from segcompass.data.documents import DocumentSet
+from segcompass.learning.activation_cache import ActivationCache, Tokens
+from segcompass.learning.activation_sources import DocumentSource, SampleSource, Source
+from segcompass.learning.activations import (
+    Groups,
+    StateReader,
+    Statistics,
+    TokenStream,
+    measure,
+    plan_stream,
+)
+from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig, SaeStage
-from segcompass.learning.corpus import encode_answers, read_samples, visual_memo
-from segcompass.learning.loop import Loop, Losses, batch_indices
+from segcompass.learning.distributed import World
+from segcompass.learning.sae_loop import SaeLoop, input_scale, new_sae
+from segcompass.learning.sae_report import as_table, measure_fidelity
 from segcompass.reasoning.policy import Policy
-from segcompass.types import Sample
+
+REPORT = "sae_report.json"
 
 
 def train_sae(
     policy: Policy, config: RunConfig, stage: SaeStage, folder: Path
 ) -> SparseAutoencoder:
-    """Train an SAE and return it with its input scale folded in."""
-    samples = read_samples(config.data)
-    order = batch_indices(0, min(stage.samples, len(samples)), len(samples), config.seed)
-    states = collect_states(policy, [samples[i] for i in order])
-    mean = states.mean(0)
-    # Inputs of norm sqrt(D) make learning rate and L1 weight independent of the policy.
-    scale = float(policy.width**0.5 / (states - mean).norm(dim=-1).mean())
-    torch.manual_seed(config.seed)
-    sizes = SparseAutoencoderConfig(
-        d_in=policy.width,
-        d_sae=stage.latents,
-        threshold=stage.threshold,
-        apply_b_dec_to_input=True,  # centred, so no latent is spent on the mean
-    )
-    sae = SparseAutoencoder(sizes, mean=mean * scale)
-    loop = Loop(folder, "sae", {"sae": sae}, stage, config.seed)
+    """Train an SAE and return it with its input scale folded in; the report goes to FOLDER.
+
+    Raises:
+        DataError: if samples or documents are missing, or give no token.
+    """
+    policy.requires_grad_(False)
+    world = World.current()
+    reader, groups = open_states(policy, config, stage)
+    found = measure(reader, groups, stage.outliers, stage.statistics)
+    scale = input_scale(found, stage)
+    sae = new_sae(found, stage, config.seed, scale).to(policy.model.device)
+    loop = SaeLoop(folder, sae, stage, config.seed, scale, world)
     loop.resume()
-
-    def losses(step: int) -> Losses:
-        chosen = batch_indices(step, stage.batch, len(states), config.seed)
-        tokens = states[chosen] * scale
-        rise = min(1.0, (step + 1) / max(1.0, stage.l1_warmup * stage.steps))
-        result = sae.loss(tokens, stage.l1 * rise, weigh_by_decoder=True)
-        with torch.no_grad():
-            activations = result.output.activations
-            error = (tokens - result.output.reconstruction).pow(2).sum()
-            variance = (tokens - tokens.mean(0)).pow(2).sum()
-        return {
-            "loss": result.total,
-            "explained_variance": 1 - error / variance,
-            "l0": (activations > stage.threshold).float().sum(-1).mean(),
-            "dead": (activations > stage.threshold).any(0).logical_not().float().mean(),
-        }
-
-    loop.run(losses)
+    was_finished = loop.step >= stage.steps
+    stream = open_stream(reader, groups, found, stage, config.seed, world)
+    with _matmul_precision(stage.matmul):
+        if not was_finished:
+            loop.prepare(stream)
+        loop.run(lambda step: loop.losses(stream.batch(step)))
+    if stage.unit_decoder:
+        loop.normalise()
     sae.fold_input_scale(scale)
+    if was_finished and (folder / REPORT).is_file():
+        return sae
+    report = measure_fidelity(policy, sae, reader, groups.held_out, found, stage.outliers, world)
+    if world.is_main:
+        dead = loop.clock.dead(min(stage.dead_after, loop.clock.seen))
+        facts = {
+            "dead": float(dead.float().mean()),
+            "training_tokens": loop.clock.seen,
+            "steps": stage.steps,
+            "latents": stage.latents,
+            "l1": stage.l1,
+        }
+        (folder / REPORT).write_text(json.dumps({**report, **facts}, indent=2) + "\n")
+        print(as_table({**report, **facts}), file=sys.stderr)
     return sae
 
 
-@torch.no_grad()
-def collect_states(
-    policy: Policy, samples: list[Sample], batch: int = 32
-) -> Float[Tensor, "tokens D"]:
-    """SAE-layer states of every token the SAE reads, for prompts with the oracle's answers."""
-    visuals = visual_memo(policy.backbone)
-    kept = []
-    for start in range(0, len(samples), batch):
-        pictures, sequences = encode_answers(policy, samples[start : start + batch], visuals)
-        states, _ = policy(sequences, pictures)
-        kept.append(states.sae_states[read_by_sae(states)].float())
-    return torch.cat(kept)
+def open_states(policy: Policy, config: RunConfig, stage: SaeStage) -> tuple[StateReader, Groups]:
+    """The configured sources, and the order in which they are read."""
+    sources: list[Source] = []
+    if stage.documents is None or stage.documents_share < 1:
+        samples = training_samples(config.data, policy.prompt, config.run)
+        source = SampleSource(policy, samples, config.seed, stage.answers)
+        wanted = None if stage.samples is None else stage.samples + stage.held_out
+        source.samples = source.samples[:wanted]
+        sources.append(source)
+    if stage.documents is not None:
+        documents = DocumentSet(stage.documents, config.seed)
+        sources.append(DocumentSource(policy, documents, stage.max_tokens))
+    counts = [len(source) for source in sources]
+    groups = Groups(counts, stage.documents_share, stage.sequences, stage.held_out)
+    cache = None
+    if stage.cache is not None:
+        cache = ActivationCache(stage.cache, int(stage.cache_gb * 1e9))
+    return StateReader(policy, sources, cache, memory=stage.buffer), groups
+
+
+def open_stream(
+    reader: StateReader,
+    groups: Groups,
+    found: Statistics,
+    stage: SaeStage,
+    seed: int,
+    world: World,
+) -> TokenStream:
+    """The stream of this rank's tokens."""
+    if len(groups) * found.tokens > stage.buffer:
+        reader.forget()  # the set is read piece by piece; only a small one stays in memory
+    plan = plan_stream(
+        max(1, len(groups) // world.size),
+        found.tokens,
+        buffer=stage.buffer,
+        batch=len(world.slice(range(stage.batch))),
+        shuffle=stage.shuffle,
+    )
+
+    def read(number: int) -> Tokens:
+        tokens = reader.read(groups.at(number))
+        return tokens.select(found.is_usual(tokens.states, stage.outliers))
+
+    return TokenStream(read, plan, seed, world.rank, world.size)
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """Products of float32 matrices in this precision for the duration of the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from segcompass.data.scenes.catalog import MAP_SIDE
 from segcompass.io.errors import ConfigError
+from segcompass.learning.checks import training_samples
 from segcompass.learning.config import LanguageStage, RunConfig, VisionStage
 from segcompass.learning.corpus import (
     DENSE_TARGETS,
@@ -25,11 +26,11 @@ from segcompass.learning.corpus import (
     encode_answers,
     feature_memo,
     read_pictures,
-    read_samples,
     stack_targets,
     visual_memo,
 )
 from segcompass.learning.loop import Loop, Losses, batch_indices, grouped_indices
+from segcompass.learning.watch import stage_observers
 from segcompass.reasoning.policy import Policy, Sequences
 from segcompass.types import TokenKind
 
@@ -66,7 +67,9 @@ def train_vision(policy: Policy, config: RunConfig, stage: VisionStage, folder: 
     torch.manual_seed(config.seed)
     heads = DenseHeads(policy.width)
     tower = policy.backbone.vision
-    loop = Loop(folder, "vision", {"tower": tower, "heads": heads}, stage, config.seed)
+    parts = {"tower": tower, "heads": heads}
+    observers = stage_observers(config, folder)
+    loop = Loop(folder, "vision", parts, stage, config.seed, observers=observers)
     loop.resume()
     visuals = visual_memo(policy.backbone)
     targets = cache(lambda i: dense_targets(records[i]))
@@ -90,7 +93,8 @@ def train_vision(policy: Policy, config: RunConfig, stage: VisionStage, folder: 
 
 def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, folder: Path) -> None:
     """Train the language model on questions and oracle answers."""
-    samples = [s for s in read_samples(config.data) if s.thought]
+    known = training_samples(config.data, policy.prompt, config.run)
+    samples = [s for s in known if s.thought]
     visuals = visual_memo(policy.backbone)
     features = (
         None
@@ -98,7 +102,10 @@ def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, fold
         else feature_memo(policy.backbone, visuals, [s.image_path for s in samples])
     )
     policy.backbone.vision.requires_grad_(stage.train_vision)
-    loop = Loop(folder, "language", {"policy": policy.model}, stage, config.seed)
+    observers = stage_observers(config, folder)
+    loop = Loop(
+        folder, "language", {"policy": policy.model}, stage, config.seed, observers=observers
+    )
     loop.resume()
     lengths = [len(s.thought or "") + len(s.instruction) for s in samples]
 
@@ -108,20 +115,19 @@ def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, fold
         pictures, sequences = encode_answers(policy, batch, visuals)
         seen = [features(s.image_path) for s in batch] if features else None
         _, hidden = policy(sequences, pictures, seen)
-        loss, accuracy = answer_loss(policy, sequences, hidden)
-        return {"loss": loss, "accuracy": accuracy}
+        tokens, right = answer_losses(policy, sequences, hidden)
+        return {"loss": tokens.mean(), "accuracy": right.float().mean()}
 
     loop.run(losses)
     policy.backbone.vision.requires_grad_(True)
 
 
-def answer_loss(
+def answer_losses(
     policy: Policy, sequences: Sequences, hidden: Float[Tensor, "B L D"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Cross-entropy of the answers' tokens, and the share that is predicted exactly."""
+) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
+    """Cross-entropy of each of the answers' n tokens, and whether it was predicted exactly."""
     is_answer = sequences.kinds >= TokenKind.THOUGHT
     is_answer[:, -1] = True  # end-of-text
     targets = sequences.ids[:, 1:][is_answer[:, 1:]]
     logits = policy.language_logits(hidden[:, :-1][is_answer[:, 1:]]).float()
-    right = (logits.argmax(-1) == targets).float().mean()
-    return F.cross_entropy(logits, targets), right
+    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets

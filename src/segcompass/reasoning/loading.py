@@ -92,9 +92,17 @@ def new_policy(scratch: ScratchConfig, config: PolicyConfig, texts: list[str], s
     return Policy(backbone, tokenizer, config)
 
 
-def save_policy(policy: Policy, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write model, tokenizer and image processor, openable by transformers alone."""
-    state = policy.model.state_dict()
+def save_policy(
+    policy: Policy,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write model, tokenizer and image processor, openable by transformers alone.
+
+    ``state`` stands in for the model's weights, where this process has only a part of them.
+    """
+    state = policy.model.state_dict() if state is None else state
     if dtype is not None:
         # Tied parameters must stay one tensor, or they would be written twice.
         cast = {v.data_ptr(): v.to(dtype) for v in state.values() if v.is_floating_point()}

@@ -6,7 +6,7 @@ the teacher-forced pass of training. A concentration token's state is taken wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -45,9 +45,12 @@ class Sequences(NamedTuple):
 class Generation(NamedTuple):
     """Answers and the states they were written with."""
 
-    states: ReasoningBatch
+    states: ReasoningBatch  # of the tokens that the model read; the very last one is missing
     answers: list[ParsedAnswer]
     texts: list[str]
+    sequences: Sequences  # prompts and answers; end-of-text counts as padding
+    is_answer: Bool[Tensor, "B M"]  # the tokens of each answer, end-of-text included
+    hidden: Float[Tensor, "B l D"]  # final states: position t wrote token t + 1
 
 
 class StateTap:
@@ -173,18 +176,13 @@ class Policy(nn.Module):
         Returns:
             The tapped states, and the last hidden states for the language head.
         """
-        arguments = (
-            self.backbone.image_arguments(list(visuals))
-            if features is None
-            else self.backbone.cached_image_arguments(list(features), list(visuals))
-        )
         tap = StateTap()
         with tap.armed(self.sae_layer, self.backbone.final_norm):
             self.model.model(
                 input_ids=sequences.ids,
                 attention_mask=sequences.attention,
                 use_cache=False,
-                **arguments,
+                **self._image_arguments(visuals, features),
                 **self.backbone.position_arguments(sequences.ids),
             )
         states = self._states(sequences, tap.sae[0], tap.final[0])
@@ -193,6 +191,28 @@ class Policy(nn.Module):
             TokenKind.PADDING
         )
         return states, tap.final[0]
+
+    def _image_arguments(
+        self, visuals: Sequence[VisualInput], features: Sequence[Tensor] | None
+    ) -> dict[str, Any]:
+        if features is None:
+            return self.backbone.image_arguments(list(visuals))
+        return self.backbone.cached_image_arguments(list(features), list(visuals))
+
+    @contextmanager
+    def spliced(self, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within the block, what follows the SAE layer reads ``replace(states)`` instead."""
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (replace(output[0]), *output[1:])
+            return replace(output)
+
+        handle = self.sae_layer.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token as a reader would see it, blanks included."""
@@ -216,6 +236,7 @@ class Policy(nn.Module):
         force_form: bool = False,
         temperature: float = 0.0,
         max_new_tokens: int | None = None,
+        features: Sequence[Float[Tensor, "n D"]] | None = None,
     ) -> Generation:
         """Answer a batch; greedy at temperature 0.
 
@@ -225,6 +246,7 @@ class Policy(nn.Module):
             force_form: Constrain the answer to its grammar, so that any checkpoint answers well.
             temperature: 0 for greedy decoding, else sampling without truncation.
             max_new_tokens: Longest answer; the policy's own limit by default.
+            features: Precomputed image features, if at hand.
 
         Raises:
             ValueError: if an instruction is empty or too long, or an answer has no room.
@@ -242,10 +264,13 @@ class Policy(nn.Module):
                 logits_processor=LogitsProcessorList(
                     [ForcedForm(self.prompt, prompts.ids.shape[1], limit)] if force_form else []
                 ),
-                **self.backbone.image_arguments(list(visuals)),
+                **self._image_arguments(visuals, features),
                 **self.backbone.position_arguments(prompts.ids),
             )
-        return self._take_apart(prompts, output, torch.cat(tap.sae, 1), torch.cat(tap.final, 1))
+        # A sharded model goes on reading, for nothing, until all ranks have their answers.
+        consumed = output.shape[1] - 1  # the very last token was never read by the model
+        sae, final = (torch.cat(part, 1)[:, :consumed] for part in (tap.sae, tap.final))
+        return self._take_apart(prompts, output, sae, final)
 
     def _generation_config(self, temperature: float, limit: int) -> GenerationConfig:
         untruncated = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -268,9 +293,10 @@ class Policy(nn.Module):
     ) -> Generation:
         """Cut answers at end-of-text, parse them, and line their tokens up with their states."""
         width = prompts.ids.shape[1]
-        consumed = sae.shape[1]  # the very last token was never read by the model
+        consumed = sae.shape[1]
         kinds = torch.full_like(output, int(TokenKind.PADDING))
         kinds[:, :width] = prompts.kinds
+        is_answer = torch.zeros_like(output, dtype=torch.bool)
         answers: list[ParsedAnswer] = []
         texts: list[str] = []
         for row, ids in enumerate(output[:, width:].tolist()):
@@ -280,9 +306,11 @@ class Policy(nn.Module):
             texts.append(self.prompt.decode(answer[:-1] if answer[-1] == eos else answer))
             answer_kinds = torch.tensor(self.prompt.answer_kinds(answer), device=output.device)
             kinds[row, width : width + len(answer)] = answer_kinds
-        sequences = Sequences(output[:, :consumed], kinds[:, :consumed])
+            is_answer[row, width : width + len(answer)] = True
+        read = Sequences(output[:, :consumed], kinds[:, :consumed])
         ok = torch.tensor([a.status == Status.OK for a in answers], device=output.device)
-        return Generation(self._states(sequences, sae, final, ok), answers, texts)
+        states = self._states(read, sae, final, ok)
+        return Generation(states, answers, texts, Sequences(output, kinds), is_answer, final)
 
     def _states(
         self,

@@ -179,7 +179,7 @@ class Prompt:
         ended = bool(ids) and ids[-1] == self.eos_token_id
         body = ids[:-1] if ended else ids
         text = self.decode(body)
-        at = _find_row(body, self.slot_ids)
+        at = self.find_slots(body)
         before = self.decode(body if at is None else body[:at]).strip()
         well_formed = (
             at is not None
@@ -192,6 +192,10 @@ class Prompt:
             return ParsedAnswer(Status.OK, before[len(THINK_OPEN) : -len(THINK_CLOSE)].strip(), at)
         status = Status.MALFORMED if ended else Status.TRUNCATED
         return ParsedAnswer(status, text.strip(), None)
+
+    def find_slots(self, ids: Sequence[int]) -> int | None:
+        """Where the K concentration tokens stand in a row, provided they occur nowhere else."""
+        return _find_row(list(ids), self.slot_ids)
 
     def answer_kinds(self, generated: Sequence[int]) -> list[TokenKind]:
         """Where each generated token belongs: thought, concentration, or nowhere (end-of-text).

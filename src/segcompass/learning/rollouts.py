@@ -1,0 +1,83 @@
+"""Sampled answers, with all that was seen while they were written (promise 2 of the design).
+
+States for the head and log-probabilities come from the sampling pass itself; nothing is computed
+a second time for the sake of a reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from segcompass.learning.grpo import answer_log_probs
+from segcompass.learning.sharding import gathered
+from segcompass.reasoning.backbones import VisualInput
+from segcompass.reasoning.policy import Policy, Sequences
+from segcompass.types import ReasoningBatch, Status
+
+
+class RolloutConfig(BaseModel, frozen=True, extra="forbid"):
+    """How answers are sampled."""
+
+    group: int = Field(8, ge=1, description="answers to each question, G")
+    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int | None = Field(None, ge=1, description="the policy's own limit by default")
+
+
+class Rollouts(NamedTuple):
+    """B = n·G answers, those to one question side by side."""
+
+    sequences: Sequences  # prompts and answers
+    is_answer: Bool[Tensor, "B L"]
+    log_probs: Float[Tensor, "B L"]  # of the answers' tokens, under the policy that wrote them
+    states: ReasoningBatch
+    well_formed: Bool[Tensor, "B"]
+    ids: list[list[int]]  # the answers, with their end-of-text if they came to it
+    texts: list[str]
+
+
+@torch.no_grad()
+def sample_answers(
+    policy: Policy,
+    visuals: Sequence[VisualInput],
+    instructions: Sequence[str],
+    config: RolloutConfig,
+    features: Sequence[Float[Tensor, "n D"]] | None = None,
+) -> Rollouts:
+    """Sample answers with the policy's own generation; one row of input is one answer.
+
+    Args:
+        policy: The policy as it is now.
+        visuals: One per row; repeat a question's G times.
+        instructions: One per row.
+        config: Temperature and limit.
+        features: Precomputed image features, if at hand.
+    """
+    training = policy.training
+    policy.eval()
+    try:
+        with gathered(policy):
+            written = policy.generate(
+                visuals,
+                instructions,
+                temperature=config.temperature,
+                max_new_tokens=config.max_new_tokens,
+                features=features,
+            )
+    finally:
+        policy.train(training)
+    ids, is_answer = written.sequences.ids, written.is_answer
+    return Rollouts(
+        sequences=written.sequences,
+        is_answer=is_answer,
+        log_probs=answer_log_probs(policy, written.hidden, ids, is_answer, config.temperature),
+        states=written.states,
+        well_formed=torch.tensor([a.status == Status.OK for a in written.answers]).to(ids.device),
+        ids=[row[mask].tolist() for row, mask in zip(ids, is_answer, strict=True)],
+        texts=written.texts,
+    )

@@ -1,0 +1,96 @@
+"""The supervised half of Eq. 6: what every slot and every matched mask costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from segcompass.geometry import Frame
+from segcompass.interfaces.base import Alignment
+from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.learning.corpus import target_grid
+from segcompass.learning.losses import confidence_bce, dice_loss, focal_loss, map_bce
+from segcompass.learning.matching import match
+from segcompass.types import Sample
+
+Terms = dict[str, Tensor]  # values over which a mean is taken, by name
+
+
+def segmentation_terms(
+    interface: ConceptSlots,
+    keys: Float[Tensor, "B C h w"],
+    alignment: Alignment,
+    samples: Sequence[Sample],
+    frames: Sequence[Frame],
+    *,
+    order: float = 0.0,
+    place: PlaceHead | None = None,
+) -> Terms:
+    """Losses on matched slots, the confidences of all slots, and how good matched masks are.
+
+    Only matched slots are decoded. Slots of pictures without a target learn to be unsure.
+
+    Returns:
+        ``confidence`` of all B·K slots; ``heatmap_bce``, ``heatmap_dice``, ``dice``, ``focal``,
+        ``iou`` and, with a place head, ``place`` of the M matched pairs.
+    """
+    slots, side, grid = alignment.slots, frames[0].side, keys.shape[-1]
+    wanted = [s.targets for s in samples], [s.image_hw for s in samples]
+    coarse = [target_grid(t, hw, side, grid).to(keys) for t, hw in zip(*wanted, strict=True)]
+    fine = [target_grid(t, hw, side, 4 * grid) for t, hw in zip(*wanted, strict=True)]
+    matches = match(slots.heatmap_logits, slots.confidence_logits, coarse, order=order)
+    matched = torch.zeros_like(slots.confidence_logits)
+    matched[matches.images, matches.slots] = 1.0
+    chosen = (matches.images, matches.slots)
+    heatmaps = slots.heatmap_logits[chosen]
+    logits = interface.decode(keys, slots, frames=frames, select=chosen)
+    pairs = zip(matches.images.tolist(), matches.indices.tolist(), strict=True)
+    targets = logits.new_zeros(logits.shape)
+    for row, (image, index) in enumerate(pairs):
+        targets[row] = fine[image][index]
+    terms = {
+        "confidence": confidence_bce(slots.confidence_logits, matched),
+        "heatmap_bce": map_bce(heatmaps, matches.targets),
+        "heatmap_dice": dice_loss(heatmaps, matches.targets),
+        "dice": dice_loss(logits, targets),
+        "focal": focal_loss(logits, targets),
+        "iou": _iou(logits.detach() > 0, targets > 0.5),
+    }
+    if place is not None:
+        terms["place"] = place.losses(alignment.queries[chosen], matches.targets)
+    return terms
+
+
+def _iou(found: Bool[Tensor, "M h w"], truth: Bool[Tensor, "M h w"]) -> Float[Tensor, "M"]:
+    either = (found | truth).flatten(1).sum(-1).clamp_min(1)
+    return (found & truth).flatten(1).sum(-1) / either
+
+
+class PlaceHead(nn.Module):
+    """Reads a target's row and column off its slot's query; only while training.
+
+    Maps alone teach this slowly: for long, every slot draws every object. Told the place, queries
+    soon carry it in a form that the mapper's positional keys can match.
+    """
+
+    BINS = 8
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.Linear(width, self.BINS), nn.Linear(width, self.BINS)
+
+    def losses(
+        self, queries: Float[Tensor, "M D"], targets: Float[Tensor, "M h w"]
+    ) -> Float[Tensor, "M"]:
+        """Cross-entropy of the bins that hold the targets' centres of mass."""
+        mass = targets.flatten(1).sum(-1).clamp_min(1e-6)
+        scale = torch.linspace(0, self.BINS, targets.shape[-1] + 1)[:-1].to(targets)
+        scale = scale + self.BINS / targets.shape[-1] / 2  # centres of cells, in bins
+        rows = (targets.sum(2) @ scale / mass).long().clamp_max(self.BINS - 1)
+        columns = (targets.sum(1) @ scale / mass).long().clamp_max(self.BINS - 1)
+        by_row = F.cross_entropy(self.rows(queries), rows, reduction="none")
+        return by_row + F.cross_entropy(self.columns(queries), columns, reduction="none")
