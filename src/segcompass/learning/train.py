@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
 from segcompass.data.scenes.writer import write_scenes
@@ -122,7 +123,8 @@ def run_warmup(config: RunConfig) -> Path:
 
 def run_sae(config: RunConfig) -> Path:
     """Train the SAE on the warm policy."""
-    sae = train_sae(warm_policy(config), config, config.train_sae, config.run / "stages/sae")
+    policy = warm_policy(config).to(World.current().device)
+    sae = train_sae(policy, config, config.train_sae, config.run / "stages/sae")
     metadata = sae_metadata(config)
     return _hand_on(config.run / "sae", lambda folder: sae.save(folder, metadata))
 
@@ -130,9 +132,10 @@ def run_sae(config: RunConfig) -> Path:
 def run_joint(config: RunConfig) -> Path:
     """Train the head with the upper policy, and write the finished model."""
     model, policy, sam, interface, _ = start_model(config)
-    stage = config.train_joint
-
-    world = World.current()
+    stage, world = config.train_joint, World.current()
+    modules: tuple[nn.Module, ...] = (policy, sam, interface)
+    for module in modules:
+        module.to(world.device)
 
     def keep(name: str) -> Path:
         state = policy.model.state_dict()
@@ -222,9 +225,12 @@ def _made_by(stage: str, folder: Path) -> Path:
 
 
 def _hand_on(folder: Path, save: Callable[[Path], object]) -> Path:
-    """Write a stage's result in one move."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-    save(partial)
-    replace_folder(partial, folder)
+    """Write a stage's result in one move, on one rank."""
+    world = World.current()
+    if world.is_main:
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+        save(partial)
+        replace_folder(partial, folder)
+    world.barrier()
     return folder
