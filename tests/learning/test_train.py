@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +210,28 @@ def test_saving_in_half_precision_writes_tied_weights_once(finished: Path, tmp_p
     again, once = (load_file(f / "model.safetensors") for f in (tmp_path / "half", folder))
     assert again.keys() == once.keys()
     assert all(torch.equal(again[name], once[name]) for name in once)
+
+
+def test_torchrun_with_two_processes_takes_the_steps_of_one(finished: Path, tmp_path: Path) -> None:
+    """The whole joint command, in float32 on the oracle's answers: same losses, same model."""
+    settings = ["policy.dtype=float32", "train_joint.batch=4", f"train_joint.oracle_steps={STEPS}"]
+    settings += ["train_joint.place_weight=0.3", "train_joint.language_weight=0.5"]
+    for ranks in (1, 2):
+        run = tmp_path / str(ranks)
+        for part in ("policy", "sae", "segmenter"):
+            shutil.copytree(finished.parent / "run" / part, run / part)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={ranks}"]
+        command += ["-m", "segcompass", "train", "joint", str(finished)]
+        for setting in (f"run={run}", *settings):
+            command += ["--set", setting]
+        subprocess.run(command, check=True, timeout=240, capture_output=True)
+    alone, together = (log_of(tmp_path / ranks, "joint") for ranks in "12")
+    assert len(alone) == STEPS
+    for one, two in zip(alone, together, strict=True):
+        for name in one.keys() - {"s"}:
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+    one, two = (weights(tmp_path / ranks / "model") for ranks in "12")
+    for part in MODEL_PARTS:
+        for name, tensor in one[part].items():
+            torch.testing.assert_close(two[part][name], tensor, rtol=1e-3, atol=1e-4)
