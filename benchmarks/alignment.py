@@ -20,22 +20,14 @@ left out. Output and gradients are compared first; beyond 1e-4 relative the scri
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
-import platform
-import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from measuring import machine, median_seconds, new_parser, present, row, transient_bytes
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from segcompass.concepts.query_codebook import QueryCodebook, QueryCodebookConfig
 from segcompass.concepts.sparse_autoencoder import (
@@ -97,7 +89,7 @@ def build_case(options: argparse.Namespace) -> Case:
     sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=options.d_in, d_sae=options.d_sae))
     sae.requires_grad_(False)
     sae.W_enc.mul_(10.0)  # unit columns: z @ W_enc is standard normal
-    threshold = _threshold(states.detach() @ sae.W_enc, options.active * options.tokens)
+    threshold = threshold_for(states.detach() @ sae.W_enc, options.active * options.tokens)
     sae.config = sae.config.model_copy(update={"threshold": threshold})
     codebook = QueryCodebook(
         QueryCodebookConfig(d_sae=options.d_sae, width=options.width, layers=1, heads=1, ffn=1)
@@ -106,7 +98,7 @@ def build_case(options: argparse.Namespace) -> Case:
     return Case(sae, codebook, states, upstream, threshold, options.chunk)
 
 
-def _threshold(activations: Tensor, keep: int) -> float:
+def threshold_for(activations: Tensor, keep: int) -> float:
     """A value that about ``keep`` activations exceed, in the widest gap nearby.
 
     Rounding differs between one product and many chunks; inside a gap it cannot change which
@@ -140,56 +132,6 @@ def check_equal(case: Case) -> float:
     return max(errors)
 
 
-def median_seconds(
-    sides: dict[str, Callable[[], object]], clear: Callable[[], None], repeats: int
-) -> dict[str, float]:
-    """Time the sides in turn, so that a slow moment of the machine meets all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):  # the first round warms up
-        for name, run in sides.items():
-            clear()
-            start = time.perf_counter()
-            run()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def transient_bytes(run: Callable[[], object]) -> int:
-    """Peak of the memory that is allocated during a call and free again after it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report to stderr
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            kept = run()
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    del kept  # the output counts as remaining
-    changes = [event for event in events if event["name"] == "[memory]"]
-    return peak_of_freed([(e["args"]["Addr"], e["args"]["Bytes"]) for e in changes])
-
-
-def peak_of_freed(changes: Sequence[tuple[int, int]]) -> int:
-    """Highest sum of blocks alive at once, among blocks both taken and given back.
-
-    Args:
-        changes: (address, bytes) in order of time; negative bytes give a block back.
-    """
-    opened: dict[int, int] = {}  # address -> position of the event that took the block
-    transient = [0] * len(changes)
-    for position, (address, size) in enumerate(changes):
-        if size > 0:
-            opened[address] = position
-        elif address in opened:  # otherwise it is older than the call
-            transient[opened.pop(address)] = -size
-            transient[position] = size
-    peak = alive = 0
-    for change in transient:
-        alive += change
-        peak = max(peak, alive)
-    return peak
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run everything and return the figures in the format of all benchmarks."""
     case = build_case(options)
@@ -207,11 +149,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         case.clear()
         peak[name] = transient_bytes(steps[name])
     rows = [
-        _row("time_vs_encode_product", "s", seconds["ours"], seconds["encode product"]),
-        _row("time_vs_dense", "s", seconds["ours"], seconds["dense"]),
-        _row("time_vs_release", "s", seconds["ours"], seconds["release"]),
-        _row("memory_vs_dense", "bytes", peak["ours"], peak["dense"]),
-        _row(
+        row("time_vs_encode_product", "s", seconds["ours"], seconds["encode product"]),
+        row("time_vs_dense", "s", seconds["ours"], seconds["dense"]),
+        row("time_vs_release", "s", seconds["ours"], seconds["release"]),
+        row("memory_vs_dense", "bytes", peak["ours"], peak["dense"]),
+        row(
             "forward_time_vs_encode_product",
             "s",
             seconds["ours, forward"],
@@ -221,26 +163,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sizes = {name: getattr(options, name) for name in ("tokens", "d_in", "d_sae", "width")}
     active = case.sae.encode_sparse(case.states).values.numel() / options.tokens
     settings = {**sizes, "active": active, "repeats": options.repeats, "relative_error": error}
-    return {"name": "alignment", "machine": _machine(), "settings": settings, "rows": rows}
-
-
-def _row(measure: str, unit: str, ours: float, baseline: float) -> dict[str, Any]:
-    ratio = baseline / ours if ours else math.inf
-    return {"measure": measure, "unit": unit, "ours": ours, "baseline": baseline, "ratio": ratio}
-
-
-def _machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    return {"name": "alignment", "machine": machine(), "settings": settings, "rows": rows}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; the defaults are the sizes of Qwen2.5-VL-7B with the public release's dictionary."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = new_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=128, help="tokens n in one step")
     parser.add_argument("--d-in", type=int, default=3584, help="width D of the policy")
     parser.add_argument("--d-sae", type=int, default=65536, help="latents S")
@@ -254,17 +182,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     options = parse(arguments)
-    result = measure(options)
-    if options.json:
-        print(json.dumps(result))
-        return
-    print(f"{result['name']} on {result['machine']}\n{result['settings']}")
-    print("time and memory of one step, forward and backward, unless the name says otherwise")
-    for row in result["rows"]:
-        print(
-            f"{row['measure']:32} ours {row['ours']:12.4g}  baseline {row['baseline']:12.4g} "
-            f"{row['unit']:5}  {row['ratio']:6.2f} times better"
-        )
+    present(measure(options), as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ lower half, up to the SAE layer, is frozen on both sides. In the same run, on th
 
 Both sides share matching and losses, and the frozen image features. Loss and all gradients are
 compared first; beyond the tolerance the script fails. Time and memory are measured as in
-alignment.py. The rollout is the same for both and reported apart. Where TRL is installed,
+measuring.py. The rollout is the same for both and reported apart. Where TRL is installed,
 language_step.py adds whole steps of reinforcement alone against its GRPOTrainer.
 """
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import tempfile
 import time
@@ -34,7 +33,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from alignment import _machine, _row, _threshold, median_seconds, transient_bytes
+from alignment import threshold_for
+from measuring import machine, median_seconds, new_parser, present, row, transient_bytes
 from torch import Tensor, nn
 from transformers import SamModel
 
@@ -232,7 +232,7 @@ def build_case(options: argparse.Namespace, folder: Path) -> Case:
     ours = one_question(FusedStep(*parts, config, config.train_joint))
     plain = one_question(PlainStep(*parts, config, config.train_joint))
     rollouts, seconds = answer(ours, options)
-    active = settle_threshold(ours, rollouts, options.active)
+    active = settlethreshold_for(ours, rollouts, options.active)
     return Case(ours, plain, rollouts, seconds, active)
 
 
@@ -253,11 +253,11 @@ def answer(step: JointStep, options: argparse.Namespace) -> tuple[Rollouts, floa
 
 
 @torch.no_grad()
-def settle_threshold(step: JointStep, rollouts: Rollouts, active: int) -> float:
+def settlethreshold_for(step: JointStep, rollouts: Rollouts, active: int) -> float:
     """Keep about so many codes a token; returns how many there are."""
     sae = step.interface.sae
     states = rollouts.states.sae_states[read_by_sae(rollouts.states)]
-    threshold = _threshold(sae.encode(states), active * len(states))
+    threshold = threshold_for(sae.encode(states), active * len(states))
     sae.config = sae.config.model_copy(update={"threshold": threshold})
     return sae.encode_sparse(states).values.numel() / len(states)
 
@@ -304,8 +304,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             case.clear()
             peak[name] = transient_bytes(run)
     rows = [
-        _row("time", "s", seconds["ours"], seconds["plain"]),
-        _row("memory", "bytes", peak["ours"], peak["plain"]),
+        row("time", "s", seconds["ours"], seconds["plain"]),
+        row("memory", "bytes", peak["ours"], peak["plain"]),
     ]
     names = ("length", "group", "layers", "d_in", "d_sae", "width", "vocabulary", "repeats")
     settings = {name: getattr(options, name) for name in names}
@@ -317,13 +317,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         from language_step import compare
 
         rows.append(compare(options))
-    return {"name": "joint_step", "machine": _machine(), "settings": settings, "rows": rows}
+    return {"name": "joint_step", "machine": machine(), "settings": settings, "rows": rows}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; the defaults are the sizes that the project is measured at."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = new_parser(__doc__)
     parser.add_argument("--length", type=int, default=512, help="tokens L of prompt and answer")
     parser.add_argument("--image-tokens", type=int, default=324, help="of these; a square number")
     parser.add_argument("--group", type=int, default=4, help="answers G")
@@ -344,16 +343,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     options = parse(arguments)
-    result = measure(options)
-    if options.json:
-        print(json.dumps(result))
-        return
-    print(f"{result['name']} on {result['machine']}\n{result['settings']}")
-    for row in result["rows"]:
-        print(
-            f"{row['measure']:16} ours {row['ours']:12.4g}  baseline {row['baseline']:12.4g} "
-            f"{row['unit']:8} {row['ratio']:6.2f} times better"
-        )
+    present(measure(options), as_json=options.json)
 
 
 if __name__ == "__main__":

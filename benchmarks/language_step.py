@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 
 import joint_step
 import torch
-from alignment import _machine, _row
+from measuring import machine, present, row
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
@@ -171,20 +170,14 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         )
         trainer.train()
     medians = {name: statistics.median(found[1:]) for name, found in watch.seconds.items()}
-    return _row("language_step_vs_trl", "s/step", medians["ours"], medians["trl"])
+    return row("language_step_vs_trl", "s/step", medians["ours"], medians["trl"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print; the options are those of joint_step.py."""
     options = joint_step.parse(arguments)
-    row = compare(options)
-    if options.json:
-        print(json.dumps({"name": "language_step", "machine": _machine(), "rows": [row]}))
-        return
-    print(
-        f"ours {row['ours']:.3g} s a step, TRL {row['baseline']:.3g} s: "
-        f"{row['ratio']:.2f} times better ({_machine()})"
-    )
+    result = {"name": "language_step", "machine": machine(), "rows": [compare(options)]}
+    present(result, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ a time, interleaved in one run. The baseline runs no hooks, no SAE, no slots and
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from measuring import machine, new_parser, present, row
 from transformers import GenerationConfig
 
 from segcompass import SegCompass
@@ -73,32 +71,21 @@ def measure(model: SegCompass, pictures: int, repeats: int) -> dict[str, object]
         for path, instruction, tokens in jobs:
             ours.append(seconds(partial(model.predict, path, instruction, force_format=False)))
             baseline.append(seconds(partial(plain, model, path, instruction, tokens)))
-    row = {"measure": "predict_vs_generate", "unit": "s/picture"}
-    row |= {"ours": statistics.median(ours), "baseline": statistics.median(baseline)}
-    row["ratio"] = row["baseline"] / row["ours"]
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return {"name": "predict", "machine": machine, "rows": [row]}
+    medians = statistics.median(ours), statistics.median(baseline)
+    rows = [row("predict_vs_generate", "s/picture", *medians)]
+    return {"name": "predict", "machine": machine(), "rows": rows}
 
 
-def main() -> int:
+def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true")
+    parser = new_parser(__doc__)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    result = measure(SegCompass.from_pretrained(options.model), options.pictures, options.repeats)
-    if options.json:
-        print(json.dumps(result))
-        return 0
-    row = result["rows"][0]
-    print(
-        f"predict {row['ours']:.3f} s, generate + encoder {row['baseline']:.3f} s: "
-        f"{row['ours'] / row['baseline']:.2f}x ({result['machine']})"
-    )
-    return 0
+    model = SegCompass.from_pretrained(options.model)
+    present(measure(model, options.pictures, options.repeats), as_json=options.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,24 +14,22 @@ rate, clipping and L1 warm-up, in fp32:
 The activations are sparse sums of a random dictionary around a mean, stored in bf16 shards as
 `train sae` caches them. Both sides' explained variance and L0 at the end are told; if they differ
 by more than rounding explains, the two did not do the same work and nothing is reported. Memory is
-the peak of what one step allocates and gives back, as in alignment.py.
+the peak of what one step allocates and gives back (measuring.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from measuring import machine, new_parser, present, row, transient_bytes
 from torch import Tensor
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
@@ -220,7 +218,6 @@ def check_equal(found: dict[str, float], wanted: dict[str, float]) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run everything and return the figures in the format of all benchmarks."""
-    alignment = _sibling("alignment")
     with tempfile.TemporaryDirectory() as name:
         cache, mean = store(Path(name) / "states", options)
         sae = [start_of(mean, options) for _ in range(2)]
@@ -235,16 +232,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         learned = [quality(side, held.states.float()) for side in sides]
         check_equal(*learned)
         last = options.steps - 1
-        peaks = [alignment.transient_bytes(lambda side=side: side.step(last)) for side in sides]
+        peaks = [transient_bytes(lambda side=side: side.step(last)) for side in sides]
     late = options.steps * 2 // 3
     rows = [
-        _row("tokens_per_second", "tokens/s", *(_rate(s, options.batch) for s in seconds)),
-        _row(
+        row(
+            "tokens_per_second", "tokens/s", *(_rate(s, options.batch) for s in seconds), more=True
+        ),
+        row(
             "tokens_per_second_late",
             "tokens/s",
             *(_rate(s[late:], options.batch) for s in seconds),
+            more=True,
         ),
-        _row("memory", "bytes", *peaks, less=True),
+        row("memory", "bytes", *peaks),
     ]
     names = ("steps", "batch", "d_in", "d_sae", "l1", "shards")
     settings = {name: getattr(options, name) for name in names}
@@ -255,7 +255,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "name": "sae_train",
-        "machine": alignment._machine(),
+        "machine": machine(),
         "settings": settings,
         "rows": rows,
     }
@@ -265,26 +265,9 @@ def _rate(seconds: Sequence[float], batch: int) -> float:
     return batch * len(seconds) / sum(seconds)
 
 
-def _row(
-    measure: str, unit: str, ours: float, baseline: float, less: bool = False
-) -> dict[str, Any]:
-    ratio = baseline / ours if less else ours / baseline
-    return {"measure": measure, "unit": unit, "ours": ours, "baseline": baseline, "ratio": ratio}
-
-
-def _sibling(name: str) -> ModuleType:
-    """Another script of this folder."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; the default sizes are nano's."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=1024, help="tokens of a step")
     parser.add_argument("--d-in", type=int, default=192, help="width D of the states")
@@ -299,16 +282,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     options = parse(arguments)
-    result = measure(options)
-    if options.json:
-        print(json.dumps(result))
-        return
-    print(f"{result['name']} on {result['machine']}\n{result['settings']}")
-    for row in result["rows"]:
-        print(
-            f"{row['measure']:24} ours {row['ours']:12.4g}  baseline {row['baseline']:12.4g} "
-            f"{row['unit']:9} {row['ratio']:6.2f} times better"
-        )
+    present(measure(options), as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
-from types import ModuleType
 
+import alignment
+import measuring
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "alignment.py"
 SMALL = ["--tokens", "64", "--d-in", "16", "--d-sae", "4096", "--width", "8", "--active", "4"]
 
 
-@pytest.fixture(scope="module")
-def alignment() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("alignment", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_prints_one_json_object_with_every_row(
-    alignment: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_one_json_object_with_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     alignment.main([*SMALL, "--chunk", "128", "--repeats", "1", "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["name"] == "alignment" and result["machine"]
@@ -44,14 +31,14 @@ def test_prints_one_json_object_with_every_row(
     assert rows["memory_vs_dense"]["ratio"] > 5
 
 
-def test_a_side_that_computes_something_else_is_caught(alignment: ModuleType) -> None:
+def test_a_side_that_computes_something_else_is_caught() -> None:
     case = alignment.build_case(alignment.parse(SMALL))
     assert alignment.check_equal(case) < 1e-5
     with pytest.raises(SystemExit, match="differ"):
         alignment.check_equal(case._replace(threshold=case.threshold * 0.9))
 
 
-def test_only_blocks_taken_and_given_back_count(alignment: ModuleType) -> None:
+def test_only_blocks_taken_and_given_back_count() -> None:
     changes = [
         (1, 100),  # taken, given back below
         (2, 50),  # remains
@@ -62,10 +49,10 @@ def test_only_blocks_taken_and_given_back_count(alignment: ModuleType) -> None:
         (3, -30),
         (1, -40),
     ]
-    assert alignment.peak_of_freed(changes) == 130
+    assert measuring.peak_of_freed(changes) == 130
 
 
-def test_transient_memory_is_what_the_allocator_saw(alignment: ModuleType) -> None:
+def test_transient_memory_is_what_the_allocator_saw() -> None:
     x = torch.ones(1000)  # 4,000 bytes
 
     def run() -> torch.Tensor:
@@ -74,4 +61,4 @@ def test_transient_memory_is_what_the_allocator_saw(alignment: ModuleType) -> No
         del a
         return b + 1  # kept
 
-    assert alignment.transient_bytes(run) == pytest.approx(8000, abs=200)
+    assert measuring.transient_bytes(run) == pytest.approx(8000, abs=200)

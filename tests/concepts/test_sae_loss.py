@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest import Largest
 from torch import Tensor
 
 from segcompass.concepts import sae_loss
@@ -91,18 +92,6 @@ def test_a_decoder_row_of_norm_zero_gives_no_nan() -> None:
 
 
 def test_buffers_stay_within_the_budget_and_gradients_keep_the_layout() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            result = func(*args, **(kwargs or {}))
-            tensors = result if isinstance(result, tuple | list) else (result,)
-            sizes = [t.numel() for t in tensors if isinstance(t, torch.Tensor)]
-            self.elements = max(self.elements, *sizes, 0)
-            return result
-
     torch.manual_seed(0)
     sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=4, d_sae=512))
     z = torch.randn(256, 4)

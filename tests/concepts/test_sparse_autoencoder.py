@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest import Largest
 from pydantic import ValidationError
 
 from segcompass.concepts import sparse_autoencoder
@@ -84,18 +85,6 @@ def test_encoding_sparsely_leaves_the_autoencoder_frozen() -> None:
 
 
 def test_no_tensor_of_tokens_by_latents_is_ever_made() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            result = func(*args, **(kwargs or {}))
-            tensors = result if isinstance(result, tuple | list) else (result,)
-            sizes = [t.numel() for t in tensors if isinstance(t, torch.Tensor)]
-            self.elements = max(self.elements, *sizes, 0)
-            return result
-
     sae = random_sae(0, d_in=4, d_sae=512, threshold=4.0)
     z = torch.randn(128, 4, requires_grad=True)
     with Largest() as largest:

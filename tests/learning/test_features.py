@@ -167,7 +167,8 @@ def test_the_language_model_does_not_matter(made: Encoders, tmp_path: Path) -> N
     folder = write(made, tmp_path / "store")
     with torch.no_grad():
         made.backbone.final_norm.weight.add_(1)
-    opened(made, folder)
+    stored, path = opened(made, folder), made.paths[0]
+    assert torch.equal(stored.features(path), directly(made, path)[0].bfloat16())
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(

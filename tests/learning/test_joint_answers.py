@@ -24,10 +24,9 @@ from joint import (
     step_and_backward,
     take,
 )
+from largest import Largest
 from tiny import WIDTH
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from segcompass.geometry import Frame, padding_mask
 from segcompass.learning import train_joint as module
@@ -105,21 +104,6 @@ def test_no_pass_is_made_for_nothing(
     assert (len(graded), len(seen["reference"])) == wanted
     if "oracle_steps" in changes:
         assert len(seen["policy"]) == 1  # nothing is written either
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor had which an operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements, self.shape = 0, ()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, Tensor) and tensor.numel() > self.elements:
-                self.elements, self.shape = tensor.numel(), tuple(tensor.shape)
-        return result
 
 
 def test_no_tensor_of_tokens_by_latents(joint: Callable[..., JointStep]) -> None:

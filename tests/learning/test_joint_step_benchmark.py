@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
+import joint_step
 import pytest
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 SMALL = [
     *("--length", "100", "--image-tokens", "16", "--group", "2", "--layers", "2", "--heads", "4"),
     *("--d-in", "48", "--ffn", "64", "--vocabulary", "700", "--d-sae", "4096", "--width", "16"),
@@ -21,21 +17,12 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def joint_step() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("joint_step")
-
-
-@pytest.fixture(scope="module")
-def case(joint_step: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> object:
+def case(tmp_path_factory: pytest.TempPathFactory) -> object:
     folder = tmp_path_factory.mktemp("bench") / "scenes"
     return joint_step.build_case(joint_step.parse(SMALL), folder)
 
 
-def test_prints_one_json_object_with_every_row(
-    joint_step: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_one_json_object_with_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     joint_step.main([*SMALL, "--steps", "0", "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["name"] == "joint_step" and result["machine"]
@@ -48,7 +35,7 @@ def test_prints_one_json_object_with_every_row(
     assert "pip install trl" in settings["trl"]
 
 
-def test_both_sides_compute_the_same(joint_step: ModuleType, case: object) -> None:
+def test_both_sides_compute_the_same(case: object) -> None:
     assert joint_step.check_equal(case) < joint_step.TOLERANCE
     sequences, answers = case.rollouts.sequences, case.rollouts.is_answer
     assert sequences.ids.shape[0] == 2 and 90 < sequences.ids.shape[1] <= 100
@@ -58,9 +45,7 @@ def test_both_sides_compute_the_same(joint_step: ModuleType, case: object) -> No
 
 
 @pytest.mark.parametrize("weight", ["rl_weight", "dice_weight"])
-def test_a_side_that_computes_something_else_is_caught(
-    weight: str, joint_step: ModuleType, case: object
-) -> None:
+def test_a_side_that_computes_something_else_is_caught(weight: str, case: object) -> None:
     plain = case.plain
     stage = plain.stage
     plain.stage = stage.model_copy(update={weight: 1.1 * getattr(stage, weight)})
@@ -98,9 +83,10 @@ def rows_of(logits: Tensor) -> int:
     return logits.numel() // logits.shape[-1]
 
 
-def test_beside_trl(joint_step: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_beside_trl(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("trl", reason="a benchmark dependency")
-    language_step = importlib.import_module("language_step")
+    import language_step
+
     torch.manual_seed(0)
     language_step.main([*SMALL, "--steps", "1", "--json"])
     (row,) = json.loads(capsys.readouterr().out)["rows"]

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+import sae_train
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sae_train.py"
 SIZES = {"--steps": 24, "--batch": 128, "--d-in": 16, "--d-sae": 64, "--shards": 4, "--active": 3}
 SMALL = [str(part) for pair in SIZES.items() for part in pair] + ["--warmup", "4"]
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sae_train", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_prints_one_json_object_with_every_row(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "sae_lens", None)  # installed or not: the plain side here
-    benchmark.main([*SMALL, "--json"])
+    sae_train.main([*SMALL, "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["name"] == "sae_train" and result["machine"]
     assert result["settings"]["baseline"] == "plain dense formulation"
@@ -43,23 +31,21 @@ def test_prints_one_json_object_with_every_row(
     assert learned[0] == pytest.approx(learned[1], rel=1e-3)  # the same trajectory
 
 
-def test_saelens_is_the_other_side_where_it_is_installed(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saelens_is_the_other_side_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     pytest.importorskip("sae_lens", reason="pip install segcompass[interop]")
-    settings = benchmark.measure(benchmark.parse(SMALL))["settings"]
+    settings = sae_train.measure(sae_train.parse(SMALL))["settings"]
     assert settings["baseline"].startswith("sae-lens 6.")
     assert settings["ours_learned"] == pytest.approx(settings["baseline_learned"], rel=1e-3)
 
 
-def test_sides_that_learned_different_things_are_caught(benchmark: ModuleType) -> None:
+def test_sides_that_learned_different_things_are_caught() -> None:
     good = {"explained_variance": 0.9, "l0": 20.0}
-    benchmark.check_equal(good, {"explained_variance": 0.91, "l0": 20.1})
+    sae_train.check_equal(good, {"explained_variance": 0.91, "l0": 20.1})
     for bad in (
         {**good, "explained_variance": 0.8},
         {**good, "l0": 25.0},
         {**good, "l0": float("nan")},
     ):
         with pytest.raises(SystemExit, match="learned different things"):
-            benchmark.check_equal(bad, good)
+            sae_train.check_equal(bad, good)

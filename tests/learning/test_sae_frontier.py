@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import sae_frontier
 from recipes import stage, write_llava_config
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "sae_frontier.py"
-
-
-@pytest.fixture(scope="module")
-def frontier() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sae_frontier", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 def test_one_row_for_each_weight(
-    frontier: ModuleType, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = stage(60, batch=64, latents=48, samples=4, held_out=2, save_every=60)
     path = write_llava_config(tmp_path, scenes_root, train_sae=settings)
-    frontier.main([str(path), "--l1", "0", "30", "--set", "train_sae.l1_warmup=0"])
+    sae_frontier.main([str(path), "--l1", "0", "30", "--set", "train_sae.l1_warmup=0"])
     head, _, *rows = capsys.readouterr().out.splitlines()
     columns = [cell.strip() for cell in head.strip("|").split("|")]
     table = [[float(cell) for cell in row.strip("|").split("|")] for row in rows]

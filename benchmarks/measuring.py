@@ -1,0 +1,111 @@
+"""What the benchmarks share: timing side by side, transient memory, and the form of a result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def median_seconds(
+    sides: dict[str, Callable[[], object]], clear: Callable[[], None], repeats: int
+) -> dict[str, float]:
+    """Time the sides in turn, so that a slow moment of the machine meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):  # the first round warms up
+        for name, run in sides.items():
+            clear()
+            start = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def transient_bytes(run: Callable[[], object]) -> int:
+    """Peak of the memory that is allocated during a call and free again after it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report to stderr
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            kept = run()
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    del kept  # the output counts as remaining
+    changes = [event for event in events if event["name"] == "[memory]"]
+    return peak_of_freed([(e["args"]["Addr"], e["args"]["Bytes"]) for e in changes])
+
+
+def peak_of_freed(changes: Sequence[tuple[int, int]]) -> int:
+    """Highest sum of blocks alive at once, among blocks both taken and given back.
+
+    Args:
+        changes: (address, bytes) in order of time; negative bytes give a block back.
+    """
+    opened: dict[int, int] = {}  # address -> position of the event that took the block
+    transient = [0] * len(changes)
+    for position, (address, size) in enumerate(changes):
+        if size > 0:
+            opened[address] = position
+        elif address in opened:  # otherwise it is older than the call
+            transient[opened.pop(address)] = -size
+            transient[position] = size
+    peak = alive = 0
+    for change in transient:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def row(
+    measure: str, unit: str, ours: float, baseline: float, *, more: bool = False
+) -> dict[str, Any]:
+    """One measure of both sides; ``ratio`` says how many times better ours is.
+
+    ``more`` is better for rates; of seconds and bytes less is.
+    """
+    good, bad = (ours, baseline) if more else (baseline, ours)
+    ratio = good / bad if bad else math.inf
+    return {"measure": measure, "unit": unit, "ours": ours, "baseline": baseline, "ratio": ratio}
+
+
+def machine() -> str:
+    """The processor, torch's threads and its version."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = models[0] if models else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
+def new_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def present(result: dict[str, Any], *, as_json: bool) -> None:
+    """Print a result: one JSON object, or a line for each row."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"{result['name']} on {result['machine']}")
+    if "settings" in result:
+        print(result["settings"])
+    for one in result["rows"]:
+        print(
+            f"{one['measure']:32} ours {one['ours']:12.4g}  baseline {one['baseline']:12.4g} "
+            f"{one['unit']:9}  {one['ratio']:6.2f} times better"
+        )
