@@ -211,7 +211,7 @@ def test_every_answer_follows_from_the_words_of_its_thought() -> None:
 
 
 def test_every_step_is_true() -> None:
-    """What a step says of a thing holds, and every look goes through exactly what is left."""
+    """What a step says of a thing holds, and every look picks from exactly what is left."""
     for scene, question in asked("train"):
         first, listing, *steps, _ = sentences(question.thought)
         seen = read_listing(listing)
@@ -219,11 +219,11 @@ def test_every_step_is_true() -> None:
         left, looks = [one.name for one in seen], 0
         said: Seen | None = None
         for step in steps:
-            if m := re.fullmatch(r"(I check|Of these) (.*)\.", step):
-                verdicts = [words.rsplit(" ", 1) for words in m[2].split(", ")]
-                assert [thing for thing, _ in verdicts] == left
+            if m := re.fullmatch(r"(I find|Of these) (.*)\.", step):
+                found = [] if m[2] == "nothing" else m[2].split(", ")
+                assert found == [thing for thing in left if thing in found]
                 assert (m[1] == "Of these") == (looks > 0)
-                left, looks = [thing for thing, verdict in verdicts if verdict == "yes"], looks + 1
+                left, looks = found, looks + 1
                 assert set(targets) <= set(left), question
             elif m := re.fullmatch(r"Closest is (.*)\.", step):
                 assert said is not None

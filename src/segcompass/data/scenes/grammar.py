@@ -2,14 +2,14 @@
 
 name     colour category cell                      red mug b4
 entry    [size] [texture] colour category cell     small striped blue book c7
-check    I check NAME yes, NAME no. | Of these NAME no.     red mug b4 yes
+pick     I find NAME, NAME. | Of these NAME. | Of these nothing.
 closing  So the answer is A. | So the answer is A, B and C. | So nothing matches.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from segcompass.data.scenes.catalog import CATEGORIES, COLOURS, Scene
@@ -60,14 +60,14 @@ def describe(scene: Scene) -> str:
     return f"I see {', '.join(entry(thing) for thing in scene.things)}."
 
 
-def check(things: Sequence[Named], chosen: Container[int], *, again: bool = False) -> str:
-    """Go through things one by one, "I check red mug b4 yes."; ``chosen`` are positions in them.
+def pick(things: Iterable[Named], *, again: bool = False) -> str:
+    """Say which things fit, "I find red mug b4, blue mug c5."; ``again``: which of those named last.
 
-    A verdict needs the name beside it and what was sought; choosing several names from the listing
-    at once would need all of them together.
+    One condition at a time: a name is found in the listing by what it must match, while several
+    conditions at once, or a yes or no for every thing, are far harder to learn.
     """
-    verdicts = [f"{name(thing)} {'yes' if i in chosen else 'no'}" for i, thing in enumerate(things)]
-    return f"{'Of these' if again else 'I check'} {', '.join(verdicts)}."
+    names = ", ".join(name(thing) for thing in things)
+    return f"{'Of these' if again else 'I find'} {names or 'nothing'}."
 
 
 def closing(things: Iterable[Named]) -> str:

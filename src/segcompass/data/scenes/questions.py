@@ -4,7 +4,8 @@ A thought restates the question in one canonical way, lists the picture in readi
 steps its kind needs and concludes (``grammar``), so that each sentence follows from those before:
 
     I look for all things left of the lamp. I see red mug b2, small blue lamp c5, red key f3.
-    The lamp is blue lamp c5. So the answer is red mug b2 and red key f3.
+    The lamp is blue lamp c5. I find red mug b2, red key f3.
+    So the answer is red mug b2 and red key f3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from random import Random
 from segcompass.data.scenes import looks, places, reasons
 from segcompass.data.scenes.catalog import Scene
 from segcompass.data.scenes.drafts import Draft, Form
-from segcompass.data.scenes.grammar import check, closing, describe, resolve
+from segcompass.data.scenes.grammar import closing, describe, pick, resolve
 from segcompass.data.scenes.nouns import Step, View
 from segcompass.data.scenes.phrasings import HELD_OUT_MARK, PHRASINGS
 
@@ -140,8 +141,7 @@ def _think(draft: Draft, scene: Scene) -> str:
         if isinstance(step, str):
             sentences.append(step)
         elif left:
-            chosen = [n for n, i in enumerate(left) if i in step]
-            sentences.append(check([scene.things[i] for i in left], chosen, again=looks > 0))
+            sentences.append(pick([scene.things[i] for i in step], again=looks > 0))
             left, looks = step, looks + 1
     return " ".join((*sentences, closing(scene.things[i] for i in draft.targets)))
 

@@ -37,7 +37,7 @@ from segcompass.data.scenes.world import SPLITS, sample_scene
 from segcompass.io import masks
 from segcompass.io.errors import DataError
 
-WORLD_VERSION = 2  # raised whenever the same seed would give other bytes
+WORLD_VERSION = 3  # raised whenever the same seed would give other bytes
 IMAGES_PER_SPLIT = 1_000_000  # ids of pictures count from here on, split by split
 IDS_PER_IMAGE = 100  # ids of annotations and references per picture
 JPEG_QUALITY = 92
