@@ -124,8 +124,8 @@ def test_means_are_over_answers_slots_and_matched_masks(joint: Callable[..., Joi
     terms: dict[str, Tensor] = {}
     plain = step.from_rollouts
 
-    def seen(questions: Questions) -> tuple[dict[str, Tensor], Tensor]:
-        found, hidden = plain(questions)
+    def seen(questions: Questions, forced: bool) -> tuple[dict[str, Tensor], Tensor]:
+        found, hidden = plain(questions, forced)
         terms.update(found)
         return found, hidden
 
@@ -262,3 +262,34 @@ def test_the_releases_recipe_goes_before_defaults_and_behind_the_file() -> None:
     assert (mixed.rewards.single, mixed.rewards.several) == ("blend", "matched")
     for found in (paper, release, mixed):
         assert JointStage.model_validate(found.model_dump(mode="json")) == found
+
+
+def test_a_model_that_never_writes_the_form_is_shown_it(joint: Callable[..., JointStep]) -> None:
+    """While the form is forced its ending is taught; afterwards it has to be earned."""
+    step = joint(batch=2, rollout={"forced_steps": 1})
+    torch.manual_seed(0)
+    taught, alone = step(0), step(1)
+    assert taught["well_formed"] == 1 and alone["well_formed"] < 1  # a random policy
+    assert "form" not in alone
+    rollouts, questions, _, hidden = answered(step)
+    terms = step.reinforcement(rollouts, questions, hidden, torch.rand(4), forced=True)
+    ending = len(step.policy.prompt.ending)
+    assert len(terms["form"]) == 4 * ending
+    logits = step.policy.language_logits(hidden[:, :-1]).float()
+    logits[..., step.policy.backbone.placeholder_ids] = -torch.inf
+    ids, row = rollouts.sequences.ids, 1  # its answer is the longest: it ends with the sequence
+    wanted = logits[row, -ending:].log_softmax(-1).gather(1, ids[row, -ending:, None])[:, 0]
+    torch.testing.assert_close(terms["form"][ending : 2 * ending], -wanted)
+
+
+def test_a_forced_ending_is_no_merit(joint: Callable[..., JointStep]) -> None:
+    """Its tokens were not the policy's choice: their reward moves nothing."""
+    step = joint(batch=2, grpo={"kl": 0.0})
+    rollouts, questions, _, hidden = answered(step)
+    hidden = hidden.detach().requires_grad_()
+    rewards = torch.tensor([1.0, 0.0, 0.5, 1.0])
+    terms = step.reinforcement(rollouts, questions, hidden, rewards, forced=True)
+    terms["policy"].sum().backward()
+    ending = len(step.policy.prompt.ending)
+    written = hidden.grad.abs().sum(-1) > 0
+    assert written[1].sum() > 0 and not written[1, -ending - 1 :].any()

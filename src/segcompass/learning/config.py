@@ -198,6 +198,9 @@ class JointStage(OptimizerConfig, frozen=True):
     language_weight: float = Field(
         0.0, ge=0, description="cross-entropy of the oracle's answer, in oracle steps"
     )
+    form_weight: float = Field(
+        1.0, ge=0, description="cross-entropy of a forced ending (rollout.forced_steps)"
+    )
     order_weight: float = Field(0.0, ge=0, description="see learning/matching.py")
     drop_tokens: float = Field(
         0.0, ge=0, le=1, description="share of answers whose queries are made of concepts alone"
@@ -240,6 +243,7 @@ class JointStage(OptimizerConfig, frozen=True):
             "focal": self.seg_weight * self.focal_weight,
             "place": self.place_weight,
             "language": self.language_weight,
+            "form": self.form_weight,
         }
 
 

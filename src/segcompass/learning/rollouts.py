@@ -27,6 +27,9 @@ class RolloutConfig(BaseModel, frozen=True, extra="forbid"):
     group: int = Field(8, ge=1, description="answers to each question, G")
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int | None = Field(None, ge=1, description="the policy's own limit by default")
+    forced_steps: int = Field(
+        0, ge=0, description="first steps with rollouts in which the answer's form is forced"
+    )
 
 
 class Rollouts(NamedTuple):
@@ -48,6 +51,8 @@ def sample_answers(
     instructions: Sequence[str],
     config: RolloutConfig,
     features: Sequence[Float[Tensor, "n D"]] | None = None,
+    *,
+    force_form: bool = False,
 ) -> Rollouts:
     """Sample answers with the policy's own generation; one row of input is one answer.
 
@@ -57,6 +62,7 @@ def sample_answers(
         instructions: One per row.
         config: Temperature and limit.
         features: Precomputed image features, if at hand.
+        force_form: Close every thought in time and write the K tokens after it.
     """
     training = policy.training
     policy.eval()
@@ -68,6 +74,7 @@ def sample_answers(
                 temperature=config.temperature,
                 max_new_tokens=config.max_new_tokens,
                 features=features,
+                force_form=force_form,
             )
     finally:
         policy.train(training)

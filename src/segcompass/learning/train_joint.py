@@ -123,7 +123,10 @@ class JointStep:
         chosen = grouped_indices(step, count, self.lengths, self.stage.group, self.seed)
         samples = [self.samples[i] for i in self.world.slice(chosen)]
         questions = self.questions(samples)
-        terms, hidden = (self.from_oracle if told else self.from_rollouts)(questions)
+        forced = step < self.stage.oracle_steps + self.stage.rollout.forced_steps
+        terms, hidden = (
+            self.from_oracle(questions) if told else self.from_rollouts(questions, forced)
+        )
         means = self.world.means(terms)
         weights = self.stage.weights()
         nothing = 0 * self.place.rows.bias.sum()  # frozen layers, no whole answer: still a gradient
@@ -141,20 +144,31 @@ class JointStep:
             language, _ = answer_losses(self.policy, sequences, hidden)
         return {"language": language, **self.segmentation(states, questions)}, hidden
 
-    def from_rollouts(self, questions: Questions) -> tuple[Terms, Float[Tensor, "B L D"]]:
-        """Both halves of Eq. 6, on answers that the policy writes now; also the last states."""
+    def from_rollouts(
+        self, questions: Questions, forced: bool = False
+    ) -> tuple[Terms, Float[Tensor, "B L D"]]:
+        """Both halves of Eq. 6, on answers that the policy writes now; also the last states.
+
+        A model that never writes the K tokens by itself earns nothing to learn from: while the form
+        is ``forced``, the ending is taught by cross-entropy, and only the thought by its reward.
+        """
         group = self.stage.rollout.group
         questions = questions.take(i for i in range(len(questions.samples)) for _ in range(group))
         instructions = [s.instruction for s in questions.samples]
         rollouts = sample_answers(
-            self.policy, questions.visuals, instructions, self.stage.rollout, questions.features
+            self.policy,
+            questions.visuals,
+            instructions,
+            self.stage.rollout,
+            questions.features,
+            force_form=forced,
         )
         states, hidden = self.policy(rollouts.sequences, questions.visuals, questions.features)
         rewards = self.rewards(rollouts, questions)
         good = rollouts.well_formed
         chosen = ReasoningBatch(*(part[good] for part in states))
         terms = {
-            **self.reinforcement(rollouts, questions, hidden, rewards["reward"]),
+            **self.reinforcement(rollouts, questions, hidden, rewards["reward"], forced),
             **(self.segmentation(chosen, questions.take(_rows(good))) if good.any() else {}),
             **rewards,
             "length": rollouts.is_answer.sum(1).float(),
@@ -181,8 +195,9 @@ class JointStep:
         questions: Questions,
         hidden: Float[Tensor, "B L D"],
         rewards: Float[Tensor, "B"],
+        forced: bool = False,
     ) -> Terms:
-        """GRPO's loss and the KL divergence of every answer."""
+        """GRPO's loss and the KL divergence of every answer; what a forced ending costs."""
         temperature, group = self.stage.rollout.temperature, self.stage.rollout.group
         tokens = (rollouts.sequences.ids, rollouts.is_answer, temperature)
         new = answer_log_probs(self.policy, hidden, *tokens)
@@ -191,13 +206,18 @@ class JointStep:
             with torch.no_grad(), self.as_it_was() as reference:
                 _, states = reference(rollouts.sequences, questions.visuals, questions.features)
                 before = answer_log_probs(reference, states, *tokens)
+        chosen = rollouts.is_answer
+        ending = chosen & (chosen.flip(1).cumsum(1).flip(1) <= len(self.policy.prompt.ending))
+        if forced:
+            chosen = chosen & ~ending
         groups = rewards.view(-1, group)
         advantage = advantages(groups).flatten()
         loss, kl, clipped = grpo_loss(
-            new, rollouts.log_probs, before, rollouts.is_answer, advantage, self.stage.grpo
+            new, rollouts.log_probs, before, chosen, advantage, self.stage.grpo
         )
         decided = groups.std(1, correction=0) > 1e-6
-        return {"policy": loss, "kl": kl, "clipped": clipped, "groups_that_teach": decided.float()}
+        terms = {"policy": loss, "kl": kl, "clipped": clipped, "groups_that_teach": decided.float()}
+        return {**terms, "form": -new[ending]} if forced else terms
 
     @contextmanager
     def as_it_was(self) -> Iterator[Policy]:

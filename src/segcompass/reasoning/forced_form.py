@@ -28,7 +28,7 @@ class ForcedForm(LogitsProcessor):
     def __init__(self, prompt: Prompt, prompt_length: int, max_new_tokens: int) -> None:
         self.prompt = prompt
         self.start = prompt_length
-        self.ending = [*prompt.close_ids, *prompt.slot_ids, prompt.eos_token_id]
+        self.ending = prompt.ending
         self.thought_limit = max_new_tokens - len(self.ending) - 1
         if self.thought_limit < len(prompt.open_ids):
             needed = len(prompt.open_ids) + len(self.ending) + 1

@@ -130,6 +130,11 @@ class Prompt:
         self.open_ids = self._control(THINK_OPEN)
         self.close_ids = self._control(THINK_CLOSE)
 
+    @property
+    def ending(self) -> list[int]:
+        """What every well-formed answer ends with: the thought's close, the K tokens, the end."""
+        return [*self.close_ids, *self.slot_ids, self.eos_token_id]
+
     def encode(self, instruction: str, image_tokens: int) -> EncodedPrompt:
         """Tokenise a prompt.
 

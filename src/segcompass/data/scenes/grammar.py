@@ -61,7 +61,7 @@ def describe(scene: Scene) -> str:
 
 
 def pick(things: Iterable[Named], *, again: bool = False) -> str:
-    """Say which things fit, "I find red mug b4, blue mug c5."; ``again``: which of those named last.
+    """Say what fits, "I find red mug b4, blue mug c5."; with ``again``, of those named last.
 
     One condition at a time: a name is found in the listing by what it must match, while several
     conditions at once, or a yes or no for every thing, are far harder to learn.
