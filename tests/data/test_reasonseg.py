@@ -147,7 +147,7 @@ def test_damaged_notes_are_named(tmp_path: Path, damaged: Any) -> None:
 def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
     path = add(tmp_path, "a", note())
     path.with_suffix(".jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
-    with pytest.raises(DataError, match=r"a\.jpg is no readable JPEG"):
+    with pytest.raises(DataError, match=r"a\.jpg is no readable picture"):
         read_reasonseg(tmp_path, "val")
 
 

@@ -11,67 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from coco_sets import HW, STRIP, reference, write_grefs, write_pickle, write_set
 
 from segcompass.data import refcoco
 from segcompass.data.refcoco import read_grefcoco, read_images, read_refcoco
 from segcompass.io import masks
 from segcompass.io.errors import DataError, UnsafeFileError
 
-HW = (6, 8)
-SQUARE = [[2.0, 1, 6, 1, 6, 4, 2, 4]]
-STRIP = np.zeros(HW, dtype=bool)
-STRIP[5, :3] = True
-
-
-def sentence(sent_id: int, text: str) -> dict[str, Any]:
-    return {"raw": text.upper(), "sent": text, "sent_id": sent_id, "tokens": text.split()}
-
-
-def reference(ref_id: int, ann_id: Any, split: str = "val", image_id: int = 7) -> dict[str, Any]:
-    sentences = [sentence(10 * ref_id, "left one"), sentence(10 * ref_id + 1, "the café")]
-    return {
-        "ref_id": ref_id,
-        "ann_id": ann_id,
-        "image_id": image_id,
-        "category_id": 1,
-        "file_name": "p_11.jpg",  # the real files append the annotation here: not the picture's
-        "split": split,
-        "sent_ids": [s["sent_id"] for s in sentences],
-        "sentences": sentences,
-    }
-
-
-def annotation(ann_id: int, segmentation: Any, **more: Any) -> dict[str, Any]:
-    entry = {"id": ann_id, "image_id": 7, "category_id": 1, "segmentation": segmentation}
-    return entry | {"iscrowd": 0} | more
-
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    folder = tmp_path / "refcoco"
-    (folder / "images").mkdir(parents=True)
-    Image.new("RGB", HW[::-1]).save(folder / "images" / "p.jpg")
-    instances = {
-        "images": [{"id": 7, "file_name": "p.jpg", "height": HW[0], "width": HW[1]}],
-        "annotations": [
-            annotation(11, SQUARE),
-            annotation(12, dict(masks.encode(STRIP))),
-            annotation(13, {"size": list(HW), "counts": [0, 48]}, iscrowd=1),
-        ],
-        "categories": [{"id": 1, "name": "mug"}],
-    }
-    (folder / "instances.json").write_text(json.dumps(instances))
-    write_pickle(folder, [reference(1, 11), reference(2, 12, "testA")])
-    return folder
-
-
-def write_pickle(folder: Path, references: Any) -> None:
-    (folder / "refs(unc).p").write_bytes(pickle.dumps(references, protocol=2))
-
-
-def write_grefs(folder: Path, references: Any) -> None:
-    (folder / "grefs(unc).json").write_text(json.dumps(references))
+    return write_set(tmp_path / "refcoco")
 
 
 def test_one_sample_per_sentence(root: Path) -> None:
@@ -96,6 +46,15 @@ def test_pictures_may_lie_beside_the_references(root: Path) -> None:
     shared.mkdir(parents=True)
     (root / "images" / "p.jpg").rename(shared / "p.jpg")
     assert read_refcoco(root, "testA")[0].image_path == shared / "p.jpg"
+
+
+def test_the_split_may_name_its_author(root: Path) -> None:
+    references = pickle.dumps([reference(5, 12), reference(6, 11)], protocol=2)
+    (root / "refs(google).p").write_bytes(references)
+    ids = {split: read_refcoco(root, split)[0].sample_id for split in ("val", "google:val")}
+    assert ids == {"val": "1-10", "google:val": "5-50"}
+    with pytest.raises(DataError, match=r"no refs\(umd\)\.p; authors there: unc, google"):
+        read_refcoco(root, "umd:val")
 
 
 def test_grefcoco_has_several_one_or_no_target(root: Path) -> None:

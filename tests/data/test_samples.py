@@ -13,6 +13,7 @@ MARKS = {
     "refcoco": "refs(unc).p",
     "grefcoco": "grefs(unc).json",
     "reasonseg": "val/a.json",
+    "parquet": "data/test-00000-of-00001.parquet",
 }
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from tiny import prompt_of
 
 from segcompass.data.samples import read_dataset
+from segcompass.io import images
 from segcompass.io.errors import DataError, UnsafeFileError
 from segcompass.io.images import load_image
 from segcompass.io.masks import encode, run_lengths
@@ -198,7 +199,7 @@ def test_whole_pictures_are_not_decoded(
 ) -> None:
     """Or looking through a large set would take as long as an epoch."""
     png = picture(tmp_path / "d.png")
-    monkeypatch.setattr(checks, "load_image", lambda _: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(images, "load_image", lambda _: pytest.fail("a picture was decoded"))
     assert find_problems([*good, replace(good[0], image_path=png)]) == []
 
 

@@ -1,4 +1,7 @@
-"""ReasonSeg: one JSON beside each JPG, with the questions and the polygons that answer them."""
+"""ReasonSeg: one JSON beside each JPG, with the questions and the polygons that answer them.
+
+A split is a folder, or an archive of its name, ``val.zip``, that is left unextracted.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from segcompass.io import masks
-from segcompass.io.errors import DataError
+from segcompass.data.json_files import dump_json
+from segcompass.data.published import published_images
+from segcompass.io import archives, masks
+from segcompass.io.errors import DataError, SegCompassError
+from segcompass.io.images import displayed_hw
 from segcompass.types import Sample
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".JPG", ".JPEG", ".png")
 SPLITS = ("train", "val", "test", "testA", "testB")
-PUBLISHED_IMAGES = {"train": 239, "val": 200, "test": 779}
 TARGET, IGNORED = 1, 255
-ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the picture by a quarter
 logger = logging.getLogger(__name__)
 
 
@@ -48,14 +52,14 @@ def read_reasonseg(
     Raises:
         DataError: a folder, picture or JSON file is missing or damaged.
     """
-    folder = root / split
-    if not folder.is_dir():
-        found = ", ".join(s for s in SPLITS if (root / s).is_dir()) or "none"
-        raise DataError(f"{folder} does not exist; splits in {root}: {found}")
-    pairs = _pairs(folder, on_broken or _fail)
+    folder = archives.find_folder(root / split)
+    if folder is None:
+        found = ", ".join(s for s in SPLITS if archives.find_folder(root / s)) or "none"
+        raise DataError(f"{root / split} does not exist; splits in {root}: {found}")
+    pairs = pair_up(folder, on_broken or _fail)
     if not pairs:
         raise DataError(f"{folder} holds no JSON files; expected one beside each JPG")
-    published = PUBLISHED_IMAGES.get(split) if root.name == "ReasonSeg" else None
+    published = published_images(root, split)
     if published not in (None, len(pairs)):
         logger.warning("%s: %d images, the published set has %d", folder, len(pairs), published)
     samples: list[Sample] = []
@@ -82,15 +86,14 @@ def write_note(path: Path, text: str, polygons: Sequence[Sequence[masks.Point]])
             {"label": "target", "shape_type": "polygon", "points": polygon} for polygon in polygons
         ],
     }
-    dumped = json.dumps(note, ensure_ascii=False, separators=(",", ":"))
-    path.write_text(dumped, encoding="utf-8", newline="\n")
+    dump_json(path, note)
 
 
-def _pairs(folder: Path, on_broken: Callable[[str, DataError], None]) -> list[tuple[Path, Path]]:
-    files = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
+def pair_up(folder: Path, on_broken: Callable[[str, DataError], None]) -> list[tuple[Path, Path]]:
+    """Picture and JSON of every entry of a split; ``on_broken`` is told of either's being alone."""
+    files = {name: folder / name for name in archives.list_files(folder)}
     pairs: list[tuple[Path, Path]] = []
-    for name in sorted(files):
-        path = files[name]
+    for path in files.values():
         if path.suffix in IMAGE_ENDINGS and f"{path.stem}.json" not in files:
             lacks = f"{path} has no {path.stem}.json beside it; add it, or take it away"
             on_broken(path.stem, DataError(lacks))
@@ -108,16 +111,10 @@ def _pairs(folder: Path, on_broken: Callable[[str, DataError], None]) -> list[tu
 def _samples(
     image_path: Path, json_path: Path, index: int, *, every_text: bool
 ) -> Iterator[Sample]:
-    note = _load(json_path)
-    texts = note.get("text")
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise DataError(f'{json_path}: "text" must be a list of texts, found {texts!r:.60}')
-    hw = _displayed_hw(image_path)
-    try:
-        canvas = _draw(note.get("shapes", []), hw)
-    except (DataError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{json_path}: damaged shapes: {error}") from error
+    note = load_note(json_path)
+    texts = texts_of(json_path, note)
+    hw = _hw(image_path)
+    canvas = draw_shapes(json_path, note, hw)
     target, ignored = canvas == TARGET, canvas == IGNORED
     for number, text in enumerate(texts if every_text else texts[:1]):
         yield Sample(
@@ -132,12 +129,9 @@ def _samples(
         )
 
 
-def _load(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("cp1252", errors="replace")  # some published files are
+def load_note(path: Path) -> dict[str, Any]:
+    """The JSON beside a picture; raises DataError where it is damaged or oddly encoded."""
+    text = _decode(path, archives.read_bytes(path))
     try:
         note = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -147,23 +141,48 @@ def _load(path: Path) -> dict[str, Any]:
     return note
 
 
-def _displayed_hw(path: Path) -> tuple[int, int]:
-    """Size of a picture as displayed, without decoding it; polygons lie on that."""
+def texts_of(path: Path, note: dict[str, Any]) -> list[str]:
+    """The instructions of a note; raises DataError where there are none."""
+    texts = note.get("text")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise DataError(f'{path}: "text" must be a list of texts, found {texts!r:.60}')
+    return texts
+
+
+def _decode(path: Path, data: bytes) -> str:
+    for encoding in ("utf-8-sig", "cp1252"):  # some published files are of the second
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            odd = error
+    raise DataError(f"{path} is neither UTF-8 nor cp1252; convert it to UTF-8") from odd
+
+
+def _hw(path: Path) -> tuple[int, int]:
     try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
-            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-            width, height = image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is no readable JPEG or PNG: {error}") from error
-    return (width, height) if turned else (height, width)
+        return displayed_hw(path)
+    except SegCompassError as error:  # an unsafe picture is refused again when it is loaded
+        raise DataError(f"{path} is no readable picture: {error}") from error
 
 
-def _draw(shapes: list[dict[str, Any]], hw: tuple[int, int]) -> np.ndarray:
-    """Target and ignored pixels: the largest shape first, so that smaller ones stay visible."""
-    drawable = [(s["points"], s["label"].lower()) for s in shapes if s["label"].lower() != "flag"]
-    sized = [(int(masks.draw_outline(p, hw).sum()), p, label) for p, label in drawable]
-    canvas = Image.new("L", (hw[1], hw[0]))
-    draw = ImageDraw.Draw(canvas)
-    for _, points, label in sorted(sized, key=lambda s: -s[0]):
-        masks.draw_into(draw, points, IGNORED if "ignore" in label else TARGET)
+def draw_shapes(path: Path, note: dict[str, Any], hw: tuple[int, int]) -> np.ndarray:
+    """Target and ignored pixels: the largest shape first, so that smaller ones stay visible.
+
+    Raises:
+        DataError: the note's shapes are damaged.
+    """
+    try:
+        shapes = [(s["points"], s["label"].lower()) for s in note.get("shapes", [])]
+        sized = [
+            (int(masks.draw_outline(points, hw).sum()), points, label)
+            for points, label in shapes
+            if label != "flag"
+        ]
+        canvas = Image.new("L", (hw[1], hw[0]))
+        draw = ImageDraw.Draw(canvas)
+        for _, points, label in sorted(sized, key=lambda s: -s[0]):
+            masks.draw_into(draw, points, IGNORED if "ignore" in label else TARGET)
+    except (DataError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged shapes: {error}") from error
     return np.asarray(canvas)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from segcompass.data import reasonseg, refcoco
-from segcompass.data.refcoco import Broken, ImageRecord
+from segcompass.data import parquet, reasonseg, refcoco
+from segcompass.data.instances import ImageRecord
+from segcompass.data.refcoco import Broken
+from segcompass.io import archives
 from segcompass.io.errors import DataError
 from segcompass.types import Sample
 
@@ -16,12 +18,14 @@ MANIFEST = "manifest.json"  # marks a folder of scenes, which holds every layout
 LAYOUTS: dict[str, str] = {
     "refcoco": "refs(unc).p (or umd, google) and instances.json",
     "grefcoco": "grefs(unc).json and instances.json",
-    "reasonseg": "train/, val/ or test/ with one JSON beside each JPG",
+    "reasonseg": "train/, val/ or test/ (or train.zip …) with one JSON beside each JPG",
+    "parquet": "SPLIT-*.parquet with image, text and mask",
 }
 _READERS: dict[str, Callable[..., list[Sample]]] = {
     "refcoco": refcoco.read_refcoco,
     "grefcoco": refcoco.read_grefcoco,
     "reasonseg": reasonseg.read_reasonseg,
+    "parquet": parquet.read_parquet,
 }
 
 
@@ -38,8 +42,8 @@ def read_dataset(
     Args:
         root: the data set's folder, or one that holds a single data set; of a folder of scenes,
             which holds all layouts, the complete one (grefcoco) is read.
-        split: train, val, test, testA or testB.
-        layout: refcoco, grefcoco or reasonseg; None finds out.
+        split: train, val, test, testA or testB; of references by several authors, "google:val".
+        layout: one of ``LAYOUTS``; None finds out.
         limit: keep only the first so many samples; None keeps all.
         on_broken: is told of every entry that cannot be read, by name; the others are read. Without
             it the first such entry is an error.
@@ -99,6 +103,8 @@ def _fitting(folder: Path) -> Iterator[tuple[str, Path]]:
         yield "refcoco", folder
     if any(folder.glob("grefs(*).json")):
         yield "grefcoco", folder
-    splits = (folder / split for split in reasonseg.SPLITS)
-    if any(next(split.glob("*.json"), None) for split in splits if split.is_dir()):
+    splits = (archives.find_folder(folder / split) for split in reasonseg.SPLITS)
+    if any(name.endswith(".json") for s in splits if s for name in archives.list_files(s)):
         yield "reasonseg", folder
+    if parquet.split_files(folder):
+        yield "parquet", folder

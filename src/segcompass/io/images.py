@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from segcompass.io import archives
 from segcompass.io.errors import ImageError, SegCompassError, UnsafeFileError
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -22,6 +23,9 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff",
 MAX_PIXELS = 64_000_000
 _DECODED_AS = frozenset({*FORMATS, "MPO", "DIB"})  # MPO: a JPEG with further pictures behind it
 _MAGIC = {b"%PDF": "PDF", b"<svg": "SVG", b"<?xml": "XML", b"%!PS": "PostScript"}
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the picture by a quarter
+_MARKS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xaeB`\x82"))  # of whole JPEGs and PNGs
+_TAIL = 64  # bytes in which the end mark is looked for; some writers pad
 _WHITE = 255
 
 
@@ -33,8 +37,8 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> UInt8Arr
     applied; 16-bit values are scaled; transparency is composited on white.
 
     Args:
-        source: path, encoded bytes, a Pillow image, or an array: (H, W), (H, W, 1), (H, W, 3) or
-            (H, W, 4), of uint8, uint16 (full range) or bool.
+        source: path (it may lead into a zip archive), encoded bytes, a Pillow image, or an array:
+            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), of uint8, uint16 (full range) or bool.
         max_pixels: refuse pictures with more pixels than this. Pillow's own limit (about 179
             million) holds besides.
 
@@ -55,7 +59,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> UInt8Arr
     if isinstance(source, str | Path):
         path = _plain_file(source)
         try:
-            with path.open("rb") as file:
+            with _open(path) as file:
                 return _from_encoded(file, str(path), max_pixels)
         except OSError as error:
             raise ImageError(f"{path}: cannot be opened ({error})") from error
@@ -63,6 +67,29 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> UInt8Arr
         f"cannot read an image from {type(source).__name__}; "
         "pass a path, bytes, a Pillow image or a numpy array"
     )
+
+
+def displayed_hw(path: Path) -> tuple[int, int]:
+    """Height and width of a picture as displayed, mostly without decoding it.
+
+    Of a JPEG or PNG the header and the end are read. A file whose end is missing, or of a format
+    whose end says nothing, is decoded after all.
+
+    Raises:
+        UnsafeFileError, ImageError: as for ``load_image``.
+    """
+    try:
+        with _open(_plain_file(path)) as file:
+            if _is_whole(file):
+                with Image.open(file, formats=FORMATS) as image:
+                    width, height = image.size
+                    turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                if width * height <= MAX_PIXELS:
+                    return (width, height) if turned else (height, width)
+    except Exception:  # a parser of untrusted bytes may raise anything; named by the next line
+        pass
+    height, width, _ = load_image(path).shape
+    return height, width
 
 
 def list_images(sources: Sequence[str | Path]) -> list[Path]:
@@ -116,6 +143,8 @@ def _plain_file(source: str | Path) -> Path:
     try:
         if path.is_dir():
             raise ImageError(f"{path}: is a folder; name a picture in it, or list the folder")
+        if archives.in_archive(path):
+            return path
         if not path.exists():
             raise ImageError(f"{path}: no such file")
         if not path.is_file():
@@ -125,6 +154,21 @@ def _plain_file(source: str | Path) -> Path:
             raise
         raise ImageError(f"{text[:80]!r}: cannot be a file name ({error})") from error
     return path
+
+
+def _open(path: Path) -> IO[bytes]:
+    if archives.in_archive(path):
+        return io.BytesIO(archives.read_bytes(path))
+    return path.open("rb")
+
+
+def _is_whole(file: IO[bytes]) -> bool:
+    head = file.read(8)
+    file.seek(0, 2)
+    file.seek(max(0, file.tell() - _TAIL))
+    tail = file.read()
+    file.seek(0)
+    return any(head.startswith(start) and end in tail for start, end in _MARKS)
 
 
 def _check_size(size: tuple[int, ...], name: str, max_pixels: int) -> None:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from segcompass.data.documents import Document, DocumentSet
+from segcompass.io import archives
 from segcompass.io.errors import DataError
 from segcompass.io.images import UInt8Array, load_image
 from segcompass.reasoning.backbones import VisualInput
@@ -68,7 +69,7 @@ class SampleSource:
 
     def identity(self, position: int) -> str:
         sample = self.samples[position]
-        facts = sample.image_path.stat()
+        facts = archives.stat(sample.image_path)
         picture = f"{sample.image_path.name}:{facts.st_size}:{facts.st_mtime_ns}"
         answer = sample.thought if self.answers == "given" else "generated"
         return "\0".join((picture, sample.instruction, repr(answer), str(self.policy.config)))

@@ -17,11 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image
-
 from segcompass.data.samples import read_dataset
+from segcompass.io import archives
 from segcompass.io.errors import DataError, ImageError, UnsafeFileError
-from segcompass.io.images import FORMATS, MAX_PIXELS, load_image
+from segcompass.io.images import displayed_hw
 from segcompass.io.masks import run_lengths
 from segcompass.io.progress import progress
 from segcompass.learning.config import DataConfig
@@ -35,9 +34,6 @@ Found = tuple[str, str]  # kind and text of a problem
 
 _VERSION = 1  # raise it when the checks change
 _KEPT = 8  # looks that are remembered: stages differ in their prompt and samples
-_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the picture by a quarter
-_MARKS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xaeB`\x82"))  # of whole JPEGs and PNGs
-_TAIL = 64  # bytes in which the end mark is looked for; some writers pad
 _THREADS = 8  # reading headers waits for the disk
 logger = logging.getLogger(__name__)
 
@@ -144,42 +140,15 @@ def find_problems(samples: Sequence[Sample], prompt: Prompt | None = None) -> li
 
 def _picture(path: Path, hw: tuple[int, int]) -> Found | None:
     try:
-        height, width = _displayed_hw(path)
+        height, width = displayed_hw(path)
     except UnsafeFileError as error:
         return UNSAFE, str(error)
     except ImageError as error:
-        return ("unreadable picture" if path.exists() else "missing picture"), str(error)
+        return ("unreadable picture" if archives.is_file(path) else "missing picture"), str(error)
     if (height, width) == hw:
         return None
     wanted = f"{hw[1]}×{hw[0]}"
     return OTHER_SIZE, f"{path} is {width}×{height}, its masks are for a picture of {wanted}"
-
-
-def _displayed_hw(path: Path) -> tuple[int, int]:
-    """Height and width as displayed, from the header; raises as ``load_image`` does.
-
-    A file whose end is missing, or of a format whose end says nothing, is decoded after all.
-    """
-    try:
-        if path.is_file() and _is_whole(path):
-            with Image.open(path, formats=FORMATS) as image:
-                width, height = image.size
-                turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            if width * height <= MAX_PIXELS:
-                return (width, height) if turned else (height, width)
-    except Exception:  # a parser of untrusted bytes may raise anything; named by the next line
-        pass
-    height, width, _ = load_image(path).shape
-    return height, width
-
-
-def _is_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(8)
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - _TAIL))
-        tail = file.read()
-    return any(head.startswith(start) and end in tail for start, end in _MARKS)
 
 
 def _mask(size: tuple[int, ...], counts: str, hw: tuple[int, int]) -> Found | None:
@@ -242,8 +211,8 @@ def _digest(samples: Sequence[Sample], prompt: Prompt | None) -> str:
         state.update(json.dumps([prompt.config.max_instruction_tokens, vocabulary]).encode())
     for path in dict.fromkeys(s.image_path for s in samples):
         try:
-            stat = path.stat()
-            state.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            facts = archives.stat(path)
+            state.update(f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
         except OSError:
             state.update(f"{path}\0missing\n".encode())
     for s in samples:

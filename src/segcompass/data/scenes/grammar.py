@@ -110,7 +110,7 @@ def _nearest(words: str, objects: Sequence[Named]) -> int | None:
     """The one object that a name fits best."""
     colour, category, cell = words.split(" ")
     fits = sorted(
-        (_distance(cell, thing.cell), index)
+        (distance(cell, thing.cell), index)
         for index, thing in enumerate(objects)
         if (thing.colour, thing.category) == (colour, category)
     )
@@ -121,5 +121,6 @@ def _nearest(words: str, objects: Sequence[Named]) -> int | None:
     return fits[0][1]
 
 
-def _distance(one: str, other: str) -> int:
+def distance(one: str, other: str) -> int:
+    """How many map cells two places lie apart (Chebyshev)."""
     return max(abs(ord(one[0]) - ord(other[0])), abs(int(one[1]) - int(other[1])))

@@ -27,8 +27,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from segcompass.data.instances import SIDE_FILE
+from segcompass.data.json_files import dump_json
 from segcompass.data.reasonseg import write_note
-from segcompass.data.refcoco import NO_TARGET, SIDE_FILE
+from segcompass.data.refcoco import NO_TARGET
 from segcompass.data.samples import MANIFEST
 from segcompass.data.scenes.catalog import CATEGORIES, Scene
 from segcompass.data.scenes.questions import Question, ask, describe
@@ -116,7 +118,7 @@ def write_scenes(
             if progress is not None:
                 progress(len(made), len(tasks))
         _write_tables(partial, made)
-        _write_json(partial / MANIFEST, manifest)
+        dump_json(partial / MANIFEST, manifest)
         if out.is_dir():
             out.rmdir()
         partial.rename(out)
@@ -301,10 +303,10 @@ def _write_tables(out: Path, made: list[_Made]) -> None:
         table: {key: entry for m in made for key, entry in m.side[table].items()}
         for table in ("images", "annotations", "refs")
     }
-    _write_json(out / "grefcoco" / "instances.json", instances)
+    dump_json(out / "grefcoco" / "instances.json", instances)
     _link(out / "grefcoco" / "instances.json", out / "refcoco" / "instances.json")
-    _write_json(out / "grefcoco" / "grefs(unc).json", references)
-    _write_json(out / "grefcoco" / SIDE_FILE, side)
+    dump_json(out / "grefcoco" / "grefs(unc).json", references)
+    dump_json(out / "grefcoco" / SIDE_FILE, side)
     single = [
         r | {"ann_id": r["ann_id"][0], "category_id": r["category_id"][0]}
         for r in references
@@ -314,11 +316,6 @@ def _write_tables(out: Path, made: list[_Made]) -> None:
     # how many processes the records came through
     plain = json.loads(json.dumps(single))
     (out / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(plain, protocol=2))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _link(source: Path, target: Path) -> None:
