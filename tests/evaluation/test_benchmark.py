@@ -3,114 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from factories import make_prediction
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import HW, OBJECTS, Oracle, make_samples, reader, square
 from PIL import Image
+from ranks import launch
 
 from segcompass.data.scenes.grammar import closing
-from segcompass.evaluation import benchmark
-from segcompass.evaluation.benchmark import evaluate, pose
+from segcompass.evaluation import splits
+from segcompass.evaluation.benchmark import evaluate
+from segcompass.evaluation.controls import CONTROLS, pose
 from segcompass.io import masks
-from segcompass.io.errors import DataError
-from segcompass.types import NamedObject, Prediction, Sample, Status
+from segcompass.io.errors import DataError, ImageError
+from segcompass.learning.distributed import start
+from segcompass.types import Prediction, Sample, Status
 
-HW = (20, 30)
-OBJECTS = (
-    NamedObject(11, "mug", "red", "small", "plain", "b4"),
-    NamedObject(12, "hat", "blue", "large", "plain", "f7"),
-)
-
-
-def square(index: int) -> np.ndarray:
-    """A 4x4 mask, somewhere else for every index."""
-    mask = np.zeros(HW, dtype=bool)
-    mask[index : index + 4, 2 * index : 2 * index + 4] = True
-    return mask
-
-
-def make_samples(folder: Path, number: int = 6) -> list[Sample]:
-    """Every third sample has no target; the others one square and the red mug."""
-    samples = []
-    for i in range(number):
-        path = folder / f"{i}.png"
-        Image.new("RGB", HW[::-1], (i, 0, 0)).save(path)
-        found = i % 3 != 2
-        samples.append(
-            Sample(
-                sample_id=f"s{i}",
-                image_path=path,
-                image_id=i,
-                image_hw=HW,
-                instruction=f"question {i}",
-                targets=(masks.encode(square(i)),) if found else (),
-                target_ids=(11,) if found else (),
-                kind="spatial" if i < 3 else "geometric",
-                objects=OBJECTS,
-            )
-        )
-    return samples
-
-
-class Oracle:
-    """Answers rightly for the pair it is shown: red value and question must name one sample."""
-
-    name = "oracle"
-    fingerprint = "0" * 16
-
-    def __init__(self, samples: Sequence[Sample], die_after: int | None = None) -> None:
-        self.samples = samples
-        self.die_after = die_after
-        self.batches: list[int] = []
-        self.options: list[dict[str, Any]] = []
-
-    def predict_batch(
-        self, images: Sequence[Any], instructions: Sequence[str], **options: Any
-    ) -> list[Prediction]:
-        self.options.append(options)
-        if self.die_after is not None and len(self.batches) >= self.die_after:
-            raise KeyboardInterrupt
-        self.batches.append(len(images))
-        return [self.answer(*pair) for pair in zip(images, instructions, strict=True)]
-
-    def answer(self, image: np.ndarray, instruction: str) -> Prediction:
-        index = int(image[0, 0, 0])
-        found = bool(self.samples[index].targets) and instruction == f"question {index}"
-        return prediction(square(index) if found else None, instruction)
-
-
-def prediction(mask: np.ndarray | None, instruction: str, **changes: Any) -> Prediction:
-    """One accepted slot with ``mask``, or none; the thought says the same."""
-    slots = np.zeros((6, *HW), dtype=bool)
-    if mask is not None:
-        slots[0] = mask
-    answer = replace(
-        make_prediction(),
-        instruction=instruction,
-        status=Status.NO_TARGET if mask is None else Status.OK,
-        reasoning=closing([] if mask is None else OBJECTS[:1]),
-        slot_masks=slots,
-        accepted=np.array([mask is not None] + [False] * 5),
-    )
-    return replace(answer, **changes)
+PARTS = ["samples.rank0.jsonl", "samples.rank1.jsonl", "samples.rank12.jsonl"]
 
 
 @pytest.fixture
 def samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
     """A data set in memory."""
     made = make_samples(tmp_path)
-
-    def read(root: Path, split: str, *, layout: str | None, limit: int | None) -> list[Sample]:
-        return made[:limit]
-
-    monkeypatch.setattr(benchmark, "read_dataset", read)
+    monkeypatch.setattr(splits, "read_dataset", reader(made))
     return made
 
 
@@ -132,7 +55,7 @@ def test_a_model_that_is_always_right(samples: list[Sample], tmp_path: Path) -> 
     json.dumps(figures, allow_nan=False)
 
 
-@pytest.mark.parametrize("control", benchmark.CONTROLS)
+@pytest.mark.parametrize("control", CONTROLS)
 def test_an_honest_model_fails_under_control(
     control: str, samples: list[Sample], tmp_path: Path
 ) -> None:
@@ -167,13 +90,87 @@ def test_a_killed_run_goes_on_and_ends_the_same(samples: list[Sample], tmp_path:
     expected = evaluate(Oracle(samples), tmp_path, "val", out=whole, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         evaluate(Oracle(samples, die_after=2), tmp_path, "val", out=out, batch_size=2)
-    with (out / "samples.jsonl").open("a") as rows:
-        rows.write('{"sample_id": "s4", "inter')  # killed in the middle of a line
     again = Oracle(samples)
     assert evaluate(again, tmp_path, "val", out=out, batch_size=2) == expected
     assert again.batches == [2]
-    for name in ("samples.jsonl", "metrics.json", "run.json"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert contents(out) == contents(whole)
+
+
+@given(
+    keepers=st.lists(st.sampled_from(["samples.jsonl", *PARTS, None]), min_size=6, max_size=6),
+    twice=st.sampled_from(PARTS),  # killed after the merge, before the parts were deleted
+    torn=st.sampled_from(PARTS),
+    cut=st.integers(1, 40),
+)
+def test_whatever_rows_a_kill_left_none_is_lost_or_repeated(
+    keepers: list[str | None],
+    twice: str,
+    torn: str,
+    cut: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("resumed")
+    made = make_samples(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "read_dataset", reader(made))
+        whole, out = folder / "whole", folder / "out"
+        expected = evaluate(Oracle(made), folder, "val", out=whole)
+        out.mkdir()
+        (out / "run.json").write_bytes((whole / "run.json").read_bytes())
+        lines = (whole / "samples.jsonl").read_text().splitlines(keepends=True)
+        for line, keeper in zip(lines, keepers, strict=True):
+            for name in {keeper, twice} if keeper is not None else ():
+                with (out / name).open("a") as rows:
+                    rows.write(line)
+        with (out / torn).open("a") as rows:
+            rows.write(lines[0][:cut])  # killed in the middle of a row
+        again = Oracle(made)
+        assert evaluate(again, folder, "val", out=out) == expected
+    assert sum(again.batches) == keepers.count(None)
+    assert contents(out) == contents(whole)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a run."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def judge_on_ranks(folder: str, out: str, dies_at: int | None) -> dict[str, Any]:
+    """What every rank runs; it may kill itself at its so many-eth batch."""
+    made = make_samples(Path(folder))
+    splits.read_dataset = reader(made)
+
+    class Mortal(Oracle):
+        def predict_batch(self, *given: Any, **options: Any) -> list[Prediction]:
+            if len(self.batches) == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().predict_batch(*given, **options)
+
+    with start("cpu"):
+        return evaluate(Mortal(made), Path(folder), "val", out=Path(out), batch_size=1)
+
+
+def test_two_ranks_judge_as_one(samples: list[Sample], tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    expected = evaluate(Oracle(samples), tmp_path, "val", out=alone, batch_size=1)
+    found = launch(judge_on_ranks, 2, str(tmp_path), str(together), None)
+    for figures in found:
+        assert figures.pop("environment")["processes"] == 2
+    expected.pop("environment")
+    assert found == [expected, expected]
+    rows = "samples.jsonl"
+    assert (together / rows).read_bytes() == (alone / rows).read_bytes()
+    assert not list(together.glob("samples.rank*"))
+
+
+def test_two_killed_ranks_leave_their_rows_to_three(samples: list[Sample], tmp_path: Path) -> None:
+    alone, out = tmp_path / "alone", tmp_path / "killed"
+    evaluate(Oracle(samples), tmp_path, "val", out=alone, batch_size=1)
+    assert launch(judge_on_ranks, 2, str(tmp_path), str(out), 2) == [None, None]
+    assert len(list(out.glob("samples.rank*"))) == 2  # two rows each
+    # Of the two samples that are left, two of the three ranks take one each, none takes more.
+    launch(judge_on_ranks, 3, str(tmp_path), str(out), 1)
+    assert (out / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
 
 
 def test_rows_hold_what_the_figures_are_made_of(samples: list[Sample], tmp_path: Path) -> None:
@@ -182,6 +179,8 @@ def test_rows_hold_what_the_figures_are_made_of(samples: list[Sample], tmp_path:
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [row["sample_id"] for row in rows] == [s.sample_id for s in samples]
     assert masks.decode(rows[1]["masks"][0]).tolist() == square(1).tolist()
+    assert masks.decode(rows[1]["truth"][0]).tolist() == square(1).tolist()
+    assert (rows[1]["scores"], rows[1]["confidences"]) == ([0.875], [0.875] + [0.0625] * 5)
     assert (rows[1]["intersection"], rows[1]["union"], rows[1]["iou"]) == (16, 16, 1)
     assert (rows[2]["masks"], rows[2]["status"]) == ([], "no_target")
 
@@ -204,12 +203,63 @@ def test_the_model_is_told_which_paths_to_take(
     model, out = Oracle(samples), tmp_path / "out"
     given = {} if paths == "both" else {"paths": paths}
     figures = evaluate(model, tmp_path, "val", out=out, batch_size=4, force_format=True, **given)
-    assert model.options == [{"force_format": True, "paths": paths}] * 2
+    assert model.options == [{"force_format": True, "threshold": 0.5, "paths": paths}] * 2
     assert figures["paths"] == paths
     assert json.loads((out / "run.json").read_text())["paths"] == paths
     other = "concepts" if paths == "tokens" else "tokens"
     with pytest.raises(DataError, match="another paths"):
         evaluate(model, tmp_path, "val", out=out, force_format=True, paths=other)
+
+
+def test_another_threshold_is_another_answer(samples: list[Sample], tmp_path: Path) -> None:
+    """The oracle's one mask has confidence 0.875: above it, nothing counts."""
+    figures = evaluate(Oracle(samples), tmp_path, "val", threshold=0.9, out=tmp_path / "out")
+    assert (figures["threshold"], figures["giou_target"], figures["t_acc"]) == (0.9, 0, 0)
+    assert figures["n_acc"] == 1
+    with pytest.raises(DataError, match="another threshold"):
+        evaluate(Oracle(samples), tmp_path, "val", threshold=0.8, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_broken_samples_are_named_and_the_rest_is_judged(
+    batch_size: int, samples: list[Sample], tmp_path: Path
+) -> None:
+    samples[1].image_path.unlink()
+    samples[4].image_path.write_bytes(b"no picture")
+    out, model = tmp_path / "out", Oracle(samples)
+    options: dict[str, Any] = {"out": out, "batch_size": batch_size, "skip_broken": True}
+    figures = evaluate(model, tmp_path, "val", **options)
+    assert [item["name"] for item in figures["broken"]] == ["s1", "s4"]
+    assert "1.png: no such file" in figures["broken"][0]["problem"]
+    assert (figures["samples"], figures["giou"]) == (4, 1)
+    Image.new("RGB", HW[::-1], (4, 0, 0)).save(samples[4].image_path)
+    mended = Oracle(samples)
+    figures = evaluate(mended, tmp_path, "val", **options)
+    assert mended.batches == [1]  # the others' rows are there
+    assert (figures["samples"], len(figures["broken"])) == (5, 1)
+
+
+def test_without_leave_the_first_broken_sample_ends_the_run(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    samples[1].image_path.unlink()
+    with pytest.raises(ImageError, match=r"1\.png: no such file"):
+        evaluate(Oracle(samples), tmp_path, "val")
+
+
+def test_where_all_is_broken_there_are_no_figures(samples: list[Sample], tmp_path: Path) -> None:
+    for sample in samples:
+        sample.image_path.unlink()
+    with pytest.raises(DataError, match="no sample could be judged; the first of 6: s0"):
+        evaluate(Oracle(samples), tmp_path, "val", skip_broken=True)
+
+
+def test_two_samples_of_one_id_are_an_error(samples: list[Sample], tmp_path: Path) -> None:
+    samples[5] = replace(samples[5], sample_id="s0")
+    with pytest.raises(DataError, match="'s0' occurs twice"):
+        evaluate(Oracle(samples), tmp_path, "val")
+    figures = evaluate(Oracle(samples), tmp_path, "val", skip_broken=True)
+    assert (figures["samples"], figures["broken"][0]["name"]) == (5, "s0")
 
 
 def test_a_foreign_file_is_refused(samples: list[Sample], tmp_path: Path) -> None:

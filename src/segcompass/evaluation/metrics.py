@@ -1,106 +1,34 @@
-"""Score masks against targets, and add the scores up: gIoU, cIoU, N-acc, T-acc, Pr@t.
+"""Add scores up: gIoU, cIoU, N-acc, T-acc, Pr@t and average precision, with intervals.
 
-Source: the gRefCOCO protocol. Prediction and target are unions of instances. Where nothing is to be
-found, predicting nothing scores IoU 1 and adds nothing to the sums, predicting anything scores 0
-and adds its area to the union. An answer that is not well-formed scores IoU 0, and is never a
-correct "nothing matches".
+docs/evaluation.md states every convention, with the formulae.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 
-from segcompass.types import Status
+from segcompass.evaluation.breakdown import break_down
+from segcompass.evaluation.detection import Pool, average_precision, pool_detections
+from segcompass.evaluation.scoring import PairScore
 
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-RESAMPLING_CELLS = 4_000_000  # resamples x samples held in memory at a time
-INTERVALS = ("giou", "ciou", "giou_target", "n_acc", "t_acc")
+RESAMPLING_CELLS = 200_000  # resamples x samples (or detections) held in memory at a time
 
-
-@dataclass(frozen=True)
-class PairScore:
-    """How one answer about one (image, instruction) pair did."""
-
-    sample_id: str
-    intersection: int  # px
-    union: int  # px
-    iou: float  # in [0, 1]
-    has_target: bool
-    predicted_any: bool  # a well-formed answer with at least one pixel
-    status: Status = Status.OK
-    kind: str | None = None
-    reasoning_correct: bool | None = None  # the thought names exactly the targets; None: unjudged
-
-    @property
-    def well_formed(self) -> bool:
-        """Whether the answer had the form that was asked for."""
-        return self.status in (Status.OK, Status.NO_TARGET)
-
-    @property
-    def presence_correct(self) -> bool:
-        """Whether the answer was right about there being something or nothing."""
-        return self.well_formed and self.predicted_any == self.has_target
-
-
-def score_pair(
-    prediction: Bool[np.ndarray, "H W"],
-    target: Bool[np.ndarray, "H W"],
-    ignore: Bool[np.ndarray, "H W"] | None = None,
-    *,
-    sample_id: str = "",
-    status: Status = Status.OK,
-    kind: str | None = None,
-    reasoning_correct: bool | None = None,
-) -> PairScore:
-    """Score one prediction by the gRefCOCO rules, at the image's own size.
-
-    Args:
-        prediction: union of the accepted slots; not looked at unless the answer is well-formed.
-        target: union of the target instances; empty when nothing matches.
-        ignore: pixels left out of both (ReasonSeg).
-        sample_id: carried along.
-        status: how the answer ended.
-        kind: question kind, for the breakdown.
-        reasoning_correct: whether the thought names exactly the targets, where that can be judged.
-
-    Returns:
-        The score; an empty union counts as IoU 1 where the answer is well-formed.
-
-    Raises:
-        ValueError: the masks differ in shape.
-    """
-    for name, mask in (("target", target), ("ignore", ignore)):
-        if mask is not None and mask.shape != prediction.shape:
-            raise ValueError(f"{name} has shape {mask.shape}, the prediction {prediction.shape}")
-    well_formed = status in (Status.OK, Status.NO_TARGET)
-    predicted = prediction if well_formed else np.zeros_like(prediction)
-    if ignore is not None:
-        predicted, target = predicted & ~ignore, target & ~ignore
-    intersection = int(np.count_nonzero(predicted & target))
-    union = int(np.count_nonzero(predicted | target))
-    iou = intersection / union if union else float(well_formed)
-    return PairScore(
-        sample_id=sample_id,
-        intersection=intersection,
-        union=union,
-        iou=iou,
-        has_target=bool(target.any()),
-        predicted_any=bool(predicted.any()),
-        status=status,
-        kind=kind,
-        reasoning_correct=reasoning_correct,
-    )
+Figures = dict[str, Float[np.ndarray, " r"]]  # NaN where a figure is undefined
 
 
 class Metrics:
-    """Collects scores and sums them up. The order of the samples changes nothing but rounding."""
+    """Collects scores and sums them up.
+
+    The order of the samples changes nothing but rounding, and which of two detections of equal
+    confidence comes first.
+    """
 
     def __init__(self, scores: Iterable[PairScore] = ()) -> None:
         self.scores = list(scores)
@@ -118,24 +46,25 @@ class Metrics:
 
         Returns:
             samples, giou, ciou, giou_target (mean IoU over samples that have a target), n_acc,
-            t_acc, format_valid, reasoning_target_accuracy, by_kind, pr@0.5 … pr@0.9 (over samples
-            that have a target), and intervals: 95 % percentile bootstrap, [low, high] each.
+            t_acc, ap, ap50, ap75, format_valid, reasoning_target_accuracy, by_kind (giou_target of
+            every kind), by_targets, by_size, by_words (giou, ciou, samples of every bin),
+            pr@0.5 … pr@0.9 (over samples that have a target), and intervals: 95 % percentile
+            bootstrap, [low, high] each.
         """
-        ious = np.array([s.iou for s in self.scores])
-        has_target = np.array([s.has_target for s in self.scores], dtype=bool)
-        target_ious = ious[has_target]
-        columns = self._columns()
-        totals = _figures(columns.sum(axis=0, keepdims=True))
+        columns, pool = self._columns(), self._pool()
+        once = np.ones((1, len(self.scores)), dtype=np.int64)
+        target_ious = [s.iou for s in self.scores if s.has_target]
         return {
             "samples": len(self.scores),
-            **{name: _plain(values[0]) for name, values in totals.items()},
+            **{name: _plain(value[0]) for name, value in _figures(columns, pool, once).items()},
             "format_valid": _mean([s.well_formed for s in self.scores]),
             "reasoning_target_accuracy": _mean(
                 [s.reasoning_correct for s in self.scores if s.reasoning_correct is not None]
             ),
             "by_kind": self._by_kind(),
-            **{f"pr@{t}": _mean(target_ious >= t) for t in PRECISION_AT},
-            "intervals": _intervals(columns, seed, resamples),
+            **break_down(self.scores),
+            **{f"pr@{t}": _mean([iou >= t for iou in target_ious]) for t in PRECISION_AT},
+            "intervals": _intervals(columns, pool, seed, resamples),
         }
 
     def _by_kind(self) -> dict[str, float | None]:
@@ -161,10 +90,21 @@ class Metrics:
         ]
         return np.array(rows, dtype=np.float64).reshape(-1, 8)
 
+    def _pool(self) -> Pool:
+        return pool_detections(
+            [s.confidences for s in self.scores],
+            [s.detections for s in self.scores],
+            [s.targets or 0 for s in self.scores],
+        )
 
-def _figures(sums: Float[np.ndarray, "r 8"]) -> dict[str, Float[np.ndarray, " r"]]:
-    """The figures of r sets of sums; NaN where one divides by nothing."""
+
+def _figures(
+    columns: Float[np.ndarray, "n 8"], pool: Pool, weights: Int[np.ndarray, "r n"]
+) -> Figures:
+    """The figures of r ways to count the samples."""
+    sums = weights @ columns
     n, iou, intersection, union, target, target_iou, right_nothing, right_something = sums.T
+    precision = average_precision(pool, weights)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
             "giou": iou / n,
@@ -172,31 +112,36 @@ def _figures(sums: Float[np.ndarray, "r 8"]) -> dict[str, Float[np.ndarray, " r"
             "giou_target": target_iou / target,
             "n_acc": right_nothing / (n - target),
             "t_acc": right_something / target,
+            "ap": precision.mean(axis=1),
+            "ap50": precision[:, 0],
+            "ap75": precision[:, 5],
         }
 
 
 def _intervals(
-    columns: Float[np.ndarray, "n 8"], seed: int, resamples: int
+    columns: Float[np.ndarray, "n 8"], pool: Pool, seed: int, resamples: int
 ) -> dict[str, list[float] | None]:
     """Percentile bootstrap; resamples in which a figure is undefined do not count for it."""
-    n = len(columns)
-    if n == 0 or resamples == 0:
-        return dict.fromkeys(INTERVALS)
+    drawn = [_figures(columns, pool, w) for w in _weights(len(columns), pool, seed, resamples)]
+    names = _figures(columns, pool, np.empty((0, len(columns)), dtype=np.int64))
+    return {name: _interval([figures[name] for figures in drawn]) for name in names}
+
+
+def _weights(n: int, pool: Pool, seed: int, resamples: int) -> Iterator[Int[np.ndarray, "r n"]]:
+    """How often each sample is drawn, in chunks of resamples that fit into memory."""
     rng = np.random.default_rng(seed)
-    sums: list[np.ndarray] = []
-    chunk = max(1, RESAMPLING_CELLS // n)
-    for start in range(0, resamples, chunk):
+    chunk = max(1, RESAMPLING_CELLS // max(n, len(pool.owner), 1))
+    for start in range(0, resamples if n else 0, chunk):
         rows = min(chunk, resamples - start)
         drawn = rng.integers(0, n, size=(rows, n)) + np.arange(rows)[:, None] * n
-        weights = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
-        sums.append(weights @ columns)
-    figures = _figures(np.concatenate(sums))
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+
+
+def _interval(chunks: list[Float[np.ndarray, " r"]]) -> list[float] | None:
+    values = np.concatenate(chunks) if chunks else np.empty(0)
+    defined = values[np.isfinite(values)]
     tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    found: dict[str, list[float] | None] = {}
-    for name in INTERVALS:
-        defined = figures[name][np.isfinite(figures[name])]
-        found[name] = [float(q) for q in np.quantile(defined, tails)] if len(defined) else None
-    return found
+    return [float(q) for q in np.quantile(defined, tails)] if len(defined) else None
 
 
 def _mean(values: Any) -> float | None:
