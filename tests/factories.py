@@ -57,6 +57,7 @@ def make_prediction(seed: int = 0, **changes: Any) -> Prediction:
         heatmap_logits=logits.astype(np.float32),
         head_scores=rng.normal(size=(SLOTS, 4, 32, 32)).astype(np.float32),
         low_res_logits=rng.normal(size=(SLOTS, 64, 64)).astype(np.float32),
+        concentration_states=np.zeros((SLOTS, 64), dtype=np.float32),
         slot_queries=rng.normal(size=(SLOTS, 64)).astype(np.float32),
         concept_vectors=rng.normal(size=(SLOTS, 128)).astype(np.float32),
         slot_attention=_attention(kinds, rng),

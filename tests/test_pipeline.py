@@ -68,6 +68,7 @@ def test_every_field_of_a_prediction(model: SegCompass, size: tuple[int, int]) -
         "heatmap_logits": ((K, h, h), np.float32),
         "head_scores": ((K, HEADS, h, h), np.float32),
         "low_res_logits": ((K, 4 * h, 4 * h), np.float32),
+        "concentration_states": ((K, WIDTH), np.float32),
         "slot_queries": ((K, WIDTH), np.float32),
         "concept_vectors": ((K, CODEBOOK), np.float32),
         "slot_attention": ((K, length), np.float32),

@@ -20,15 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from segcompass.concepts.sparse_codes import select_rows, to_host
-from segcompass.geometry import Frame, masks_to_image, padding_mask
+from segcompass.geometry import Frame, padding_mask
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.interfaces.base import PATHS, Alignment
 from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.interfaces.readout import read_out, to_numpy
 from segcompass.io.clock import Clock
 from segcompass.io.images import ImageSource, load_image
 from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.policy import Generation, Policy
-from segcompass.types import Prediction, Status, TokenKind
+from segcompass.reasoning.streaming import OnText
+from segcompass.types import Prediction, TokenKind
 
 
 class SegCompass(nn.Module):
@@ -90,6 +92,7 @@ class SegCompass(nn.Module):
         threshold: float | None = None,
         max_new_tokens: int | None = None,
         paths: str = "both",
+        on_text: OnText | None = None,
     ) -> list[Prediction]:
         """Segment several pictures at once, greedily.
 
@@ -100,6 +103,7 @@ class SegCompass(nn.Module):
             threshold: Confidence above which a mask counts, in [0, 1].
             max_new_tokens: Longest answer.
             paths: What the slot queries are made of: tokens, concepts, or both.
+            on_text: Told after every token what each answer says so far.
 
         Raises:
             ImageError: if a picture cannot be read.
@@ -115,7 +119,11 @@ class SegCompass(nn.Module):
         clock.lap("loading")
 
         reasoning = self.policy.generate(
-            visuals, instructions, force_form=force_format, max_new_tokens=max_new_tokens
+            visuals,
+            instructions,
+            force_form=force_format,
+            max_new_tokens=max_new_tokens,
+            on_text=on_text,
         )
         clock.lap("reasoning")
 
@@ -137,7 +145,7 @@ class SegCompass(nn.Module):
         return [
             self._prediction(
                 i, pictures[i], instructions[i], visuals[i], frames[i],
-                reasoning, alignment, low_res, cut, timings,
+                reasoning, alignment, low_res, cut, paths, timings,
             )
             for i in range(len(pictures))
         ]  # fmt: skip
@@ -153,48 +161,32 @@ class SegCompass(nn.Module):
         alignment: Alignment,
         low_res: Tensor,
         threshold: float,
+        paths: str,
         timings: dict[str, float],
     ) -> Prediction:
         """Everything about row ``i`` of the batch, on the host."""
         answer, states = reasoning.answers[i], reasoning.states
         real = states.token_kinds[i] != TokenKind.PADDING
-        scores = alignment.slots.confidence_logits[i].sigmoid()
-        accepted = (scores > threshold) & (answer.status == Status.OK)
-        masks = masks_to_image(low_res[i], frame) > 0
-        heatmaps = masks_to_image(alignment.slots.heatmap_logits[i].sigmoid(), frame)
-        status = answer.status
-        if status == Status.OK and not accepted.any():
-            status = Status.NO_TARGET
         rows = torch.zeros_like(states.token_kinds, dtype=torch.bool)
         rows[i] = real
+        errors = alignment.sae_errors
         assert alignment.slot_attention is not None
         return Prediction(
+            **read_out(
+                alignment, low_res, i, frame=frame, status=answer.status, threshold=threshold
+            ),
             instruction=instruction,
-            status=status,
             text=reasoning.texts[i],
             reasoning=answer.thought,
             image_rgb=picture,
-            slot_masks=_host(masks),
-            slot_scores=_host(scores),
-            accepted=_host(accepted),
-            slot_heatmaps=_host(heatmaps),
-            heatmap_logits=_host(alignment.slots.heatmap_logits[i]),
-            head_scores=_host(alignment.slots.scores[i]),
-            low_res_logits=_host(low_res[i]),
-            slot_queries=_host(alignment.queries[i]),
-            concept_vectors=_host(alignment.concept_vectors[i]),
-            slot_attention=_host(alignment.slot_attention[i][:, real]),
+            concentration_states=to_numpy(states.concentration_states[i]),
+            slot_attention=to_numpy(alignment.slot_attention[i][:, real]),
+            sae_errors=None if errors is None else to_numpy(errors[i][real]),
             codes=to_host(select_rows(alignment.codes, rows.flatten())),
             tokens=tuple(self.policy.token_texts(states.token_ids[i][real].tolist())),
-            token_kinds=_host(states.token_kinds[i][real]),
+            token_kinds=to_numpy(states.token_kinds[i][real]),
             token_boxes=visual.boxes,
-            threshold=threshold,
             model=self.name,
             timings=timings,
+            paths=paths,
         )
-
-
-def _host(tensor: Tensor) -> np.ndarray:
-    """A tensor as a numpy array; half precision becomes fp32."""
-    tensor = tensor.detach().cpu()
-    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()

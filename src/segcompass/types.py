@@ -34,6 +34,11 @@ class Status(StrEnum):
     MALFORMED = "malformed"
     TRUNCATED = "truncated"
 
+    @property
+    def well_formed(self) -> bool:
+        """Whether the answer had the form that was asked for, so that masks may be read from it."""
+        return self in (Status.OK, Status.NO_TARGET)
+
 
 class TokenKind(IntEnum):
     """Where a token of the sequence comes from."""
@@ -126,6 +131,7 @@ class Prediction:
     heatmap_logits: np.ndarray  # float32 (K, h, w)
     head_scores: np.ndarray  # float32 (K, H, h, w), Eq. 5
     low_res_logits: np.ndarray  # float32 (K, 4h, 4w), the decoder's output
+    concentration_states: np.ndarray  # float32 (K, D), Eq. 1
     slot_queries: np.ndarray  # float32 (K, Q), Eq. 2
     concept_vectors: np.ndarray  # float32 (K, C), Fig. 3
     slot_attention: np.ndarray  # float32 (K, L), how much each slot reads from each token
@@ -137,6 +143,8 @@ class Prediction:
     model: str
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     source: str | None = None  # file the image came from
+    sae_errors: np.ndarray | None = None  # float32 (L,), ‖z - ẑ‖² / D; NaN where the SAE reads not
+    paths: str = "both"  # what the slot queries are made of: tokens, concepts, or both
 
     @property
     def masks(self) -> np.ndarray:

@@ -294,24 +294,6 @@ def test_demo_without_its_pictures(
     assert "install" in result.stderr
 
 
-def test_eval_prints_the_metrics(model: type[FakeModel], install: Install) -> None:
-    seen: dict[str, Any] = {}
-
-    def evaluate(model: FakeModel, data: Path, split: str, **options: Any) -> dict[str, Any]:
-        seen.update(options, data=data, split=split)
-        return {"samples": 2, "giou": 0.5, "by_kind": {"spatial": 0.25}, "intervals": {}}
-
-    install("segcompass.evaluation.benchmark", evaluate=evaluate)
-    line = ["eval", "--data", "d", "--split", "val", "--control", "shuffle-images", "--limit", "2"]
-    assert json.loads(run.invoke(app, [*line, "--json"]).stdout)["giou"] == 0.5
-    table = run.invoke(app, line).stdout
-    assert "by_kind.spatial" in table
-    assert "0.2500" in table
-    assert seen["control"] == "shuffle-images"
-    assert (seen["data"], seen["split"], seen["limit"]) == (Path("d"), "val", 2)
-    assert seen["force_format"] is False
-
-
 def test_train_hands_on_what_it_was_given(tmp_path: Path, install: Install) -> None:
     calls: list[tuple[Any, ...]] = []
     install("segcompass.learning.train", run=lambda *given: calls.append(given))

@@ -18,7 +18,8 @@ import pytest
 from factories import GRID, SLOTS, THOUGHT, make_prediction, malformed, no_target
 from PIL import Image
 
-from segcompass.apps.report import duration, render_report, visible, write_report
+from segcompass.apps.pages import duration, visible
+from segcompass.apps.report import render_report, write_report
 from segcompass.types import Prediction, Status
 
 HOSTILE = (

@@ -11,6 +11,7 @@ from segcompass.concepts.sparse_codes import (
     concat,
     from_dense,
     offsets,
+    select_columns,
     select_rows,
     spread_rows,
     to_dense,
@@ -55,6 +56,16 @@ def test_selecting_and_spreading_rows_equals_indexing(seed: int, keep: list[bool
     spread = spread_rows(selected, mask)
     torch.testing.assert_close(to_dense(spread), dense * mask[:, None], rtol=0, atol=0)
     assert bool((spread.rows.diff() >= 0).all())
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**16), keep=st.lists(st.booleans(), min_size=9, max_size=9))
+def test_selecting_columns_equals_zeroing(seed: int, keep: list[bool]) -> None:
+    dense, mask = random_dense(seed, 5), torch.tensor(keep)
+    selected = select_columns(from_dense(dense), mask)
+    torch.testing.assert_close(to_dense(selected), dense * mask, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="8 entries, the codes have 9 concepts"):
+        select_columns(selected, mask[:8])
 
 
 @settings(deadline=None, max_examples=25)

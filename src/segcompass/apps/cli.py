@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from segcompass import __version__
-from segcompass.apps import console
+from segcompass.apps import (
+    console,
+    data_commands,
+    eval_commands,
+    explain_commands,
+)
 from segcompass.apps.console import CommandGroup
-from segcompass.io.progress import progress
+from segcompass.apps.options import AsJson, Device, Dtype, Model, Revision, Threshold, load
 
 if TYPE_CHECKING:
     from segcompass.apps.runs import Failure, Job
-    from segcompass.pipeline import SegCompass
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -33,20 +37,9 @@ app = typer.Typer(
     epilog="Exit codes: 0 done (also when nothing matches), 1 failed, 2 usage, 3 some inputs "
     "failed, 4 an asset is missing offline, 5 an unsafe file was refused, 130 interrupted.",
 )
-data = typer.Typer(no_args_is_help=True, help="Make data sets.")
-app.add_typer(data, name="data")
-
-Model = Annotated[str, typer.Option(help="nano (bundled), a model folder, or a hub id.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: what is there.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="The policy's precision: float32 (default), bfloat16 …")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
-Threshold = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, help="Confidence above which a mask counts; default: the model's."),
-]
+app.add_typer(data_commands.app, name="data")
+app.add_typer(eval_commands.app)
+app.add_typer(explain_commands.app)
 
 
 class Stage(StrEnum):
@@ -58,29 +51,6 @@ class Stage(StrEnum):
     JOINT = "joint"
     ALL = "all"
     PLAN = "plan"
-
-
-class Layout(StrEnum):
-    """How a data set lies on disk."""
-
-    REFCOCO = "refcoco"
-    GREFCOCO = "grefcoco"
-    REASONSEG = "reasonseg"
-
-
-class Control(StrEnum):
-    """A control input: a model that really looks and reads must fail on it."""
-
-    QUESTIONS = "shuffle-questions"
-    IMAGES = "shuffle-images"
-
-
-class Paths(StrEnum):
-    """What the slot queries are made of."""
-
-    BOTH = "both"
-    TOKENS = "tokens"
-    CONCEPTS = "concepts"
 
 
 def _version(asked: bool) -> None:
@@ -109,14 +79,6 @@ def start(
         # The libraries underneath keep the same silence.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-def load(model: str, device: str | None, dtype: str | None, revision: str | None) -> SegCompass:
-    """Load a model; says so to a person who waits."""
-    from segcompass.pipeline import SegCompass
-
-    console.note(f"loading {model} …")
-    return SegCompass.from_pretrained(model, device=device, dtype=dtype, revision=revision)
 
 
 @app.command()
@@ -208,59 +170,6 @@ def _jobs(
     return runs.pair_up(sources, instructions)
 
 
-@app.command("eval")
-def evaluate(
-    data: Annotated[Path, typer.Option(help="Folder of the data set.")],
-    split: Annotated[str, typer.Option(help="train, val, test, testA or testB.")],
-    model: Model = "nano",
-    layout: Annotated[
-        Layout | None, typer.Option(help="Default: found out from the files.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many samples.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for samples.jsonl and metrics.json; a later run goes on there."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 32,
-    control: Annotated[
-        Control | None, typer.Option(help="Give another picture's question, or another picture.")
-    ] = None,
-    force_format: Annotated[
-        bool, typer.Option("--force-format", help="Hold the answer to its form.")
-    ] = False,
-    paths: Annotated[
-        Paths, typer.Option(help="Make the slot queries of tokens alone, concepts alone, or both.")
-    ] = Paths.BOTH,
-    as_json: AsJson = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-) -> None:
-    """Measure a model on a data set, from its own chains of thought."""
-    from segcompass.evaluation.benchmark import evaluate
-
-    with progress("eval") as moved:
-        metrics = evaluate(
-            load(model, device, dtype, revision),
-            data,
-            split,
-            layout=layout and layout.value,
-            limit=limit,
-            out=out,
-            batch_size=batch_size,
-            control=control and control.value,
-            force_format=force_format,
-            paths=paths.value,
-            progress=moved,
-        )
-    if as_json:
-        print(json.dumps(metrics))
-    else:
-        console.print_table(console.listing(metrics))
-
-
 @app.command()
 def train(
     stage: Annotated[
@@ -299,49 +208,6 @@ def _show_plan(config: Path, overrides: list[str], gpus: int, memory: float, as_
         return
     for rows in (made.memory_rows(), made.flops_rows(), console.listing(made.verdict())):
         console.print_table(rows)
-
-
-@data.command("features")
-def features(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", exists=True, dir_okay=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="Change one value of the config; repeatable."),
-    ] = None,
-) -> None:
-    """Compute what the joint stage's frozen image encoders say, once; goes on where it stopped."""
-    from segcompass.learning.precompute import run_features
-
-    print(run_features(config, overrides or []))
-
-
-@data.command("scenes")
-def scenes(
-    out: Annotated[Path, typer.Option(help="Folder to write; made if it is not there.")],
-    train: Annotated[
-        int, typer.Option("--train", min=0, help="Questions to train on; three about each picture.")
-    ] = 0,
-    val: Annotated[int, typer.Option("--val", min=0, help="Questions to judge progress on.")] = 0,
-    test_a: Annotated[int, typer.Option("--testA", min=0, help="Questions to test on.")] = 0,
-    test_b: Annotated[
-        int, typer.Option("--testB", min=0, help="Questions about combinations never trained on.")
-    ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; default: one for each core.")
-    ] = None,
-) -> None:
-    """Draw the procedural world, in the RefCOCO, gRefCOCO and ReasonSeg layouts."""
-    from segcompass.data.scenes.writer import write_scenes
-
-    counts = {"train": train, "val": val, "testA": test_a, "testB": test_b}
-    if not any(counts.values()):
-        raise typer.BadParameter(
-            "nothing to draw: give at least one of --train/--val/--testA/--testB"
-        )
-    with progress("pictures") as update:
-        write_scenes(out, counts, seed, workers=workers, progress=update)
-    print(out)
 
 
 @app.command()

@@ -1,26 +1,18 @@
 """The static report: one HTML file per run that explains every prediction, with no server.
 
-Everything is inside the file (pictures as data URIs, style and script inline); its content policy
-forbids any request and any script but our own, whose digest it states. Text from outside goes
-through jinja2's autoescape. The page's behaviour is in ``templates/report.js``.
+The page's behaviour is in ``templates/report.js``; what keeps it self-contained in ``pages.py``.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
-from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from segcompass.apps import report_layers as layers
+from segcompass.apps.pages import render
 from segcompass.apps.report_words import Words, align_words
 from segcompass.io.outputs import (
     ConceptWeight,
@@ -36,9 +28,6 @@ from segcompass.types import Prediction, Status, TokenKind
 SLOT_CONCEPTS = 10  # concepts listed for a slot
 WORD_CONCEPTS = 3  # concepts kept for a word
 LEVELS = 99  # activations travel as whole numbers 1..99, relative to the largest
-
-# What a reader should not be fooled by: controls, and marks that reorder the text around them.
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _BADGES = {
     Status.NO_TARGET: "nothing matches",
@@ -75,57 +64,14 @@ def write_report(
 
 def render_report(predictions: Sequence[Prediction], *, title: str = "SegCompass") -> str:
     """The page of ``write_report`` as text."""
-    style, script = _asset("report.css"), _asset("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            title=title,
-            cards=[_card(i, prediction) for i, prediction in enumerate(predictions)],
-            summary=_summary(predictions),
-            style=Markup(style),  # our own files, not input
-            script=Markup(script),
-            policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-            f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
-        )
+    return render(
+        "report.html.j2",
+        styles=["report.css"],
+        scripts=["report.js"],
+        title=title,
+        cards=[card(i, prediction) for i, prediction in enumerate(predictions)],
+        summary=_summary(predictions),
     )
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("segcompass.apps"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"visible": visible, "duration": duration}
-    return environment
-
-
-def _asset(name: str) -> str:
-    return (files("segcompass.apps") / "templates" / name).read_text(encoding="utf-8")
-
-
-def visible(text: str) -> str:
-    """Text in which nothing acts unseen: control and reordering characters become symbols."""
-
-    def symbol(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        if code < 0x20:
-            return chr(0x2400 + code)
-        return f"⟨U+{code:04X}⟩" if 0x2000 <= code < 0x2100 else "\ufffd"
-
-    return _HIDDEN.sub(symbol, text)
-
-
-def duration(seconds: float) -> str:
-    """A time span as a person reads it: 12 ms, 1.3 s."""
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f} ms"
-    return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
 
 
 def _summary(predictions: Sequence[Prediction]) -> list[str]:
@@ -138,8 +84,14 @@ def _summary(predictions: Sequence[Prediction]) -> list[str]:
     ]
 
 
-def _card(index: int, prediction: Prediction) -> dict[str, Any]:
-    """Everything the template says about one prediction."""
+def card(index: int, prediction: Prediction, also: Iterable[int] = ()) -> dict[str, Any]:
+    """Everything that ``card.html.j2`` says about one prediction.
+
+    Args:
+        index: tells the cards of one page apart.
+        prediction: what to show.
+        also: concepts to follow beside those that the card lists itself.
+    """
     height, width = prediction.image_rgb.shape[:2]
     readings = word_activations(prediction, WORD_CONCEPTS)
     concepts, overall = slot_concepts(prediction, SLOT_CONCEPTS), _overall(prediction)
@@ -151,7 +103,7 @@ def _card(index: int, prediction: Prediction) -> dict[str, Any]:
         prediction.reasoning, [r for r in readings if r.kind == TokenKind.THOUGHT], words
     )
     shown = {c.concept for listed in (*concepts, overall) for c in listed}
-    shown |= {c.concept for word in words.concepts for c in word}
+    shown |= {c.concept for word in words.concepts for c in word} | set(also)
     return {
         "id": f"p{index}",
         "name": PurePath(prediction.source.replace("\\", "/")).name if prediction.source else None,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
-
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from segcompass.apps.pages import data_uri
 from segcompass.io.outputs import mask_outline, overlay, slot_colour
 from segcompass.types import Prediction
 
@@ -22,7 +20,7 @@ def picture(prediction: Prediction) -> str:
     """The photograph, no larger than it is shown."""
     image = Image.fromarray(prediction.image_rgb)
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
-    return _uri(image, "WEBP", quality=88)
+    return data_uri(image, "WEBP", quality=88)
 
 
 def thumbnail(prediction: Prediction) -> str:
@@ -31,7 +29,7 @@ def thumbnail(prediction: Prediction) -> str:
     side = min(image.size)
     left, upper = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, upper, left + side, upper + side))
-    return _uri(square.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE)), "WEBP", quality=80)
+    return data_uri(square.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE)), "WEBP", quality=80)
 
 
 def mask_layer(prediction: Prediction, slot: int) -> str:
@@ -46,7 +44,7 @@ def mask_layer(prediction: Prediction, slot: int) -> str:
     colour = slot_colour(slot)
     image = Image.frombytes("P", size, pixels.astype(np.uint8).tobytes())
     image.putpalette([0, 0, 0, *colour, *colour, 255, 255, 255])
-    return _uri(image, "PNG", transparency=bytes((0, 92, 255, 215)), optimize=True)
+    return data_uri(image, "PNG", transparency=bytes((0, 92, 255, 215)), optimize=True)
 
 
 def heat_layer(prediction: Prediction, slot: int) -> str:
@@ -58,10 +56,4 @@ def heat_layer(prediction: Prediction, slot: int) -> str:
     glow = np.array((255, 244, 214), dtype=np.float32)
     rgb = colour + (glow - colour) * np.clip(2 * values - 1, 0, 1) ** 1.5 * 0.7
     rgba = np.concatenate([rgb, 235 * values**0.8], axis=-1)
-    return _uri(Image.fromarray(np.rint(rgba).astype(np.uint8)), "WEBP", quality=80)
-
-
-def _uri(image: Image.Image, kind: str, **options: object) -> str:
-    out = io.BytesIO()
-    image.save(out, format=kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
+    return data_uri(Image.fromarray(np.rint(rgba).astype(np.uint8)), "WEBP", quality=80)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from segcompass.concepts.sae_files import CONFIG_NAME, SaeFiles, read_sae_files, write_sae_files
+from segcompass.concepts.sparse_codes import offsets
 from segcompass.types import SparseCodes
 
 DEFAULT_CHUNK = 2048  # latents at a time; larger pays on accelerators, smaller saves memory
@@ -194,6 +195,16 @@ class SparseAutoencoder(nn.Module):
             chunk,
         )
         return SparseCodes(rows, columns, values, z.shape[0], self.config.d_sae)
+
+    def decode_sparse(self, codes: SparseCodes) -> Float[Tensor, "n D"]:
+        """Return the hidden states that triplets stand for, reading only the active latents."""
+        return F.embedding_bag(
+            codes.columns,
+            self.W_dec.to(codes.values.dtype),
+            offsets(codes),
+            mode="sum",
+            per_sample_weights=codes.values,
+        ) + self.b_dec.to(codes.values.dtype)
 
     def loss(
         self, z: Float[Tensor, "n D"], l1: float | Tensor, *, weigh_by_decoder: bool = False

@@ -91,6 +91,24 @@ def spread_rows(codes: SparseCodes, keep: Bool[Tensor, "n"]) -> SparseCodes:
     return codes._replace(rows=places[codes.rows], n_rows=keep.shape[0])
 
 
+def select_columns(codes: SparseCodes, keep: Bool[Tensor, "S"]) -> SparseCodes:
+    """Keep some concepts; the others fall silent, and the numbering stays.
+
+    Raises:
+        ValueError: ``keep`` is not a boolean mask with one entry per concept.
+    """
+    _check_mask(keep)
+    if keep.shape[0] != codes.n_columns:
+        raise ValueError(
+            f"the mask has {keep.shape[0]} entries, the codes have {codes.n_columns} concepts; "
+            "pass one entry per concept"
+        )
+    stays = keep[codes.columns]
+    return codes._replace(
+        rows=codes.rows[stays], columns=codes.columns[stays], values=codes.values[stays]
+    )
+
+
 def concat(parts: Sequence[SparseCodes]) -> SparseCodes:
     """Stack the rows of several codes over the same concepts.
 

@@ -105,7 +105,7 @@ class Answer:
     @property
     def well_formed(self) -> bool:
         """Whether masks may be read from it."""
-        return self.status in (Status.OK, Status.NO_TARGET)
+        return self.status.well_formed
 
     @property
     def accepted(self) -> list[int]:

@@ -53,7 +53,7 @@ class PairScore:
     @property
     def well_formed(self) -> bool:
         """Whether the answer had the form that was asked for."""
-        return _is_well_formed(self.status)
+        return self.status.well_formed
 
     @property
     def presence_correct(self) -> bool:
@@ -134,7 +134,7 @@ def score_pair(
     for name, mask in (("target", target), ("ignore", ignore)):
         if mask is not None and mask.shape != prediction.shape:
             raise ValueError(f"{name} has shape {mask.shape}, the prediction {prediction.shape}")
-    well_formed = _is_well_formed(status)
+    well_formed = status.well_formed
     predicted = prediction if well_formed else np.zeros_like(prediction)
     if ignore is not None:
         predicted, target = predicted & ~ignore, target & ~ignore
@@ -185,7 +185,7 @@ def score_sample(
     """
     if len(slots) != len(confidences):
         raise ValueError(f"{len(slots)} slots, but {len(confidences)} confidences")
-    well_formed = _is_well_formed(status)
+    well_formed = status.well_formed
     scores = np.asarray(confidences if well_formed else (), dtype=np.float64)
     order = np.argsort(-scores, kind="stable")
     visible = _complement(sample.ignore)
@@ -211,10 +211,6 @@ def score_sample(
         prefixes=prefixes if well_formed else (),
         detections=_detections(ranked[:MAX_DETECTIONS], targets),
     )
-
-
-def _is_well_formed(status: Status) -> bool:
-    return status in (Status.OK, Status.NO_TARGET)
 
 
 def _iou(intersection: int, union: int, well_formed: bool) -> float:

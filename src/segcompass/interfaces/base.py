@@ -20,6 +20,7 @@ class Alignment(NamedTuple):
     concept_vectors: Float[Tensor, "B K C"]  # Fig. 3
     codes: SparseCodes  # row b*L + l is token l of sequence b
     slot_attention: Float[Tensor, "B K L"] | None  # which tokens each slot reads
+    sae_errors: Float[Tensor, "B L"] | None = None  # ‖z - ẑ‖² / D; NaN for tokens not read
 
 
 # What the paths from language to queries are scaled with: (concentration tokens, concepts).

@@ -20,7 +20,7 @@ from segcompass.geometry import Frame
 from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.grounding.slot_mapper import SlotMapper, SlotMapperConfig
 from segcompass.interfaces.base import Alignment
-from segcompass.types import ReasoningBatch, Slots, TokenKind
+from segcompass.types import ReasoningBatch, Slots, SparseCodes, TokenKind
 
 READ_BY_SAE = (TokenKind.TEMPLATE, TokenKind.IMAGE, TokenKind.INSTRUCTION, TokenKind.THOUGHT)
 
@@ -136,16 +136,49 @@ class ConceptSlots(nn.Module):
             states: Of whole answers; the SAE reads prompt and thought, never padding.
             keys: Image keys from the segmenter's encoder.
             padding: Grid cells that show no image.
-            need_attention: Also tell which tokens each slot reads.
+            need_attention: Also tell which tokens each slot reads, and how far the SAE's
+                reconstruction of each token is off.
             gates: How much of the concentration tokens and of the concepts reaches the queries.
         """
         readable = read_by_sae(states)
-        parameter = self.fusion.mix.weight
-        codes = self.sae.encode_sparse(states.sae_states[readable].to(parameter.dtype))
-        codes = spread_rows(codes, readable.flatten())
+        z = states.sae_states[readable].to(self.fusion.mix.weight.dtype)
+        codes = self.sae.encode_sparse(z)
+        alignment = self.align_codes(
+            spread_rows(codes, readable.flatten()),
+            readable,
+            states.concentration_states,
+            keys,
+            padding=padding,
+            need_attention=need_attention,
+            gates=gates,
+        )
+        if not need_attention:
+            return alignment
+        errors = z.new_full(readable.shape, torch.nan)
+        errors[readable] = (z - self.sae.decode_sparse(codes)).square().mean(-1)
+        return alignment._replace(sae_errors=errors)
+
+    def align_codes(
+        self,
+        codes: SparseCodes,
+        readable: Bool[Tensor, "B L"],
+        tokens: Float[Tensor, "B K D"],
+        keys: Float[Tensor, "B C h w"],
+        *,
+        padding: Bool[Tensor, "B h w"] | None = None,
+        need_attention: bool = False,
+        gates: Float[Tensor, "#B 2"] | None = None,
+    ) -> Alignment:
+        """Fig. 3, Eq. 2 and Eq. 5 alone: :meth:`align` from codes that are there already.
+
+        Args:
+            codes: of B·L rows; row b·L + l is token l of sequence b.
+            readable: which tokens the SAE read (:func:`read_by_sae`).
+            tokens: states at the concentration tokens.
+            keys: as for :meth:`align`, and so the rest.
+        """
         concepts = self.codebook(codes, readable, need_attention=need_attention)
-        tokens = states.concentration_states.to(parameter.dtype)
-        queries = self.fusion(tokens, concepts.vectors, gates)
+        queries = self.fusion(tokens.to(self.fusion.mix.weight.dtype), concepts.vectors, gates)
         slots = self.mapper(queries, keys, padding)
         return Alignment(slots, queries, concepts.vectors, codes, concepts.slot_attention)
 

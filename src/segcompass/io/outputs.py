@@ -239,16 +239,21 @@ def overlay(prediction: Prediction) -> np.ndarray:
 
 
 def file_stem(prediction: Prediction) -> str:
-    """A name for the prediction's files: safe on every system, the same on every run.
+    """A name for the prediction's files, see :func:`stem_of`."""
+    return stem_of(prediction.source, prediction.instruction)
+
+
+def stem_of(source: str | None, instruction: str) -> str:
+    """A name for the files of an answer: safe on every system, the same on every run.
 
     It is made of what is harmless in the source's name and of a digest of source and instruction,
     so that pictures of one name, or two questions about one picture, never share files.
     """
-    name = (prediction.source or "image").replace("\\", "/").rsplit("/", 1)[-1]
+    name = (source or "image").replace("\\", "/").rsplit("/", 1)[-1]
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name.rsplit(".", 1)[0]).strip("-_")[:48] or "image"
     if _RESERVED.fullmatch(plain):
         plain = f"image-{plain}"
-    key = json.dumps([prediction.source, prediction.instruction])
+    key = json.dumps([source, instruction])
     return f"{plain}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
@@ -288,8 +293,9 @@ def _union(prediction: Prediction) -> np.ndarray:
 
 def _arrays(prediction: Prediction) -> dict[str, Any]:
     """What the NPZ holds; shapes and ranges are in ``docs/outputs.md``."""
-    codes = prediction.codes
+    codes, errors = prediction.codes, prediction.sae_errors
     return {
+        **({} if errors is None else {"sae_errors": errors.astype(np.float32)}),
         "heatmaps": prediction.slot_heatmaps.astype(np.float16),
         "heatmap_logits": prediction.heatmap_logits.astype(np.float32),
         "head_scores": prediction.head_scores.astype(np.float32),
@@ -301,6 +307,15 @@ def _arrays(prediction: Prediction) -> dict[str, Any]:
         "code_rows": codes.rows.cpu().numpy().astype(np.int32),
         "code_columns": codes.columns.cpu().numpy().astype(np.int32),
         "code_values": codes.values.detach().float().cpu().numpy(),
+        # What a replay needs beside the codes; see segcompass.io.saved.
+        "image": prediction.image_rgb,
+        "concentration_states": prediction.concentration_states.astype(np.float32),
+        "slot_queries": prediction.slot_queries.astype(np.float32),
+        "concept_vectors": prediction.concept_vectors.astype(np.float32),
+        "tokens": np.array(prediction.tokens),
+        "token_boxes": prediction.token_boxes.astype(np.float32),
+        "n_concepts": np.array(codes.n_columns),
+        "paths": np.array(prediction.paths),
     }
 
 

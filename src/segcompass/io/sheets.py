@@ -132,7 +132,7 @@ def _head(card: Image.Image, entry: Entry) -> None:
     prediction, targets = entry
     badge, colour = BADGES.get(prediction.status, ""), BAD
     if targets is not None:
-        answered = prediction.status in (Status.OK, Status.NO_TARGET)
+        answered = prediction.status.well_formed
         iou = _iou(prediction.masks, targets) if answered else 0.0
         badge = f"{badge} · IoU {iou:.2f}".removeprefix(" · ")
         colour = GOOD if iou >= 0.5 else BAD

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from segcompass.reasoning.backbones import Backbone, VisualInput
 from segcompass.reasoning.forced_form import ForcedForm
 from segcompass.reasoning.prompts import EncodedPrompt, ParsedAnswer, Prompt, PromptConfig
+from segcompass.reasoning.streaming import OnText, TextStream
 from segcompass.types import ReasoningBatch, Status, TokenKind
 
 
@@ -237,6 +238,7 @@ class Policy(nn.Module):
         temperature: float = 0.0,
         max_new_tokens: int | None = None,
         features: Sequence[Float[Tensor, "n D"]] | None = None,
+        on_text: OnText | None = None,
     ) -> Generation:
         """Answer a batch; greedy at temperature 0.
 
@@ -247,6 +249,7 @@ class Policy(nn.Module):
             temperature: 0 for greedy decoding, else sampling without truncation.
             max_new_tokens: Longest answer; the policy's own limit by default.
             features: Precomputed image features, if at hand.
+            on_text: Told after every token what each row says so far; what it raises ends the call.
 
         Raises:
             ValueError: if an instruction is empty or too long, or an answer has no room.
@@ -264,6 +267,7 @@ class Policy(nn.Module):
                 logits_processor=LogitsProcessorList(
                     [ForcedForm(self.prompt, prompts.ids.shape[1], limit)] if force_form else []
                 ),
+                streamer=None if on_text is None else TextStream(self.prompt, on_text),
                 **self._image_arguments(visuals, features),
                 **self.backbone.position_arguments(prompts.ids),
             )
