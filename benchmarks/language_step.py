@@ -29,7 +29,7 @@ from measuring import machine, present, row
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from segcompass.learning.optimizer import MasterWeights
+from segcompass.learning.engine.optimizer import MasterWeights
 from segcompass.learning.rollouts import Rollouts
 from segcompass.learning.train_joint import JointStep, Questions, freeze
 from segcompass.reasoning.backbones import QwenBackbone

@@ -33,11 +33,11 @@ from measuring import machine, new_parser, present, row, transient_bytes
 from torch import Tensor
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
-from segcompass.learning.activation_cache import ActivationCache, Tokens
-from segcompass.learning.activations import StreamPlan, TokenStream
+from segcompass.learning.activations.cache import ActivationCache, Tokens
+from segcompass.learning.activations.sae_loop import SaeLoop
+from segcompass.learning.activations.stream import StreamPlan, TokenStream
 from segcompass.learning.config import SaeStage
-from segcompass.learning.distributed import World
-from segcompass.learning.sae_loop import SaeLoop
+from segcompass.learning.engine.distributed import World
 
 TOLERANCE = 0.02  # of explained variance, and relative of L0
 TURN = 10  # steps of one side before the other's turn

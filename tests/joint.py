@@ -14,7 +14,7 @@ from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAuto
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.interfaces.concept_slots import ConceptSlots
 from segcompass.learning.config import JointStage, RunConfig
-from segcompass.learning.loop import Losses
+from segcompass.learning.engine.loop import Losses
 from segcompass.learning.rollouts import Rollouts, sample_answers
 from segcompass.learning.train_joint import JointStep, Questions
 from segcompass.model_folder import ModelConfig, build_interface

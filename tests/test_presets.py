@@ -9,7 +9,7 @@ import pytest
 
 from segcompass.io.errors import ConfigError
 from segcompass.learning.config import RunConfig, load_config
-from segcompass.learning.plan import plan
+from segcompass.learning.planning.plan import plan
 from segcompass.presets import PRESETS, SEGMENTERS, describe, find_preset
 
 # Parameters of the released architectures, counted by hand from their config.json, and width.

@@ -23,7 +23,7 @@ from segcompass.evaluation.benchmark import evaluate
 from segcompass.evaluation.controls import CONTROLS, pose
 from segcompass.io import masks
 from segcompass.io.errors import DataError, ImageError
-from segcompass.learning.distributed import start
+from segcompass.learning.engine.distributed import start
 from segcompass.types import Prediction, Sample, Status
 
 PARTS = ["samples.rank0.jsonl", "samples.rank1.jsonl", "samples.rank12.jsonl"]

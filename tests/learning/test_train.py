@@ -18,7 +18,7 @@ from segcompass import SegCompass
 from segcompass.data.samples import read_dataset
 from segcompass.io.errors import ConfigError
 from segcompass.learning import train
-from segcompass.learning.loop import Loop
+from segcompass.learning.engine.loop import Loop
 from segcompass.reasoning.loading import load_policy, save_policy
 from segcompass.types import Status
 

@@ -24,7 +24,7 @@ def features(
     ] = None,
 ) -> None:
     """Compute what the joint stage's frozen image encoders say, once; goes on where it stopped."""
-    from segcompass.learning.precompute import run_features
+    from segcompass.learning.planning.precompute import run_features
 
     print(run_features(config, overrides or []))
 

@@ -96,7 +96,7 @@ def evaluate(
     revision: Revision = None,
 ) -> None:
     """Measure a model, or a file of predictions, on a data set; torchrun shares the work out."""
-    from segcompass.learning.distributed import start
+    from segcompass.learning.engine.distributed import start
 
     shared: dict[str, Any] = {
         "layout": layout and layout.value,

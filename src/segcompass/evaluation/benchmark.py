@@ -25,7 +25,7 @@ from segcompass.evaluation.run_log import METRICS, RunLog, replace_file
 from segcompass.evaluation.scoring import PairScore
 from segcompass.evaluation.splits import Broken, Split
 from segcompass.io.errors import DataError, SegCompassError
-from segcompass.learning.distributed import World
+from segcompass.learning.engine.distributed import World
 from segcompass.types import Prediction
 
 PACKAGES = ("segcompass", "torch", "transformers", "numpy")

@@ -16,7 +16,7 @@ from typing import Any
 
 from segcompass.evaluation.scoring import PairScore
 from segcompass.io.errors import DataError, SegCompassError
-from segcompass.learning.distributed import World
+from segcompass.learning.engine.distributed import World
 
 ROWS, SETTINGS, METRICS = "samples.jsonl", "run.json", "metrics.json"
 PARTS = "samples.rank*.jsonl"

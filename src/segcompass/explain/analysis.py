@@ -27,7 +27,7 @@ from segcompass.explain.panels import draw_panels
 from segcompass.io.errors import DataError
 from segcompass.io.outputs import save, stem_of
 from segcompass.io.saved import load_prediction
-from segcompass.learning.panels import choose
+from segcompass.learning.watching.panels import choose
 from segcompass.types import Prediction, Sample
 
 PANELS = 6

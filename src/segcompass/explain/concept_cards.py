@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 
 from segcompass.explain.concept_counts import BINS, EDGES, ConceptCounts
 from segcompass.explain.concept_labels import Label, Labeller
-from segcompass.learning.sae_report import SHARED
+from segcompass.learning.activations.sae_report import SHARED
 from segcompass.types import Sample
 
 CLEAR = 0.6  # held-out F1 from which on a label is taken for the concept's meaning
@@ -111,7 +111,7 @@ def reach(rates: Float[np.ndarray, " 2"]) -> str:
     """Text, image or shared, by firing rates on text and on pictures.
 
     Shared means what it means in the SAE's report: the weaker modality has at least
-    :data:`~segcompass.learning.sae_report.SHARED` of the stronger one's rate.
+    :data:`~segcompass.learning.activations.sae_report.SHARED` of the stronger one's rate.
     """
     if rates.min() >= SHARED * rates.max():
         return "shared"

@@ -1,0 +1,1 @@
+"""Training: ``train.py`` runs the stages, ``train_joint.py`` is the paper's step."""

@@ -12,12 +12,12 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from segcompass.data.documents import DocumentsConfig
 from segcompass.interfaces.concept_slots import HeadConfig
 from segcompass.io.errors import ConfigError
+from segcompass.learning.engine.lora import LoraSettings
+from segcompass.learning.engine.optimizer import OptimizerConfig
 from segcompass.learning.grpo import GrpoConfig
-from segcompass.learning.lora import LoraSettings
-from segcompass.learning.optimizer import OptimizerConfig
 from segcompass.learning.rewards import RewardConfig
 from segcompass.learning.rollouts import RolloutConfig
-from segcompass.learning.symptoms import HealthConfig
+from segcompass.learning.watching.symptoms import HealthConfig
 from segcompass.reasoning.from_scratch import ScratchConfig
 from segcompass.reasoning.policy import PolicyConfig
 

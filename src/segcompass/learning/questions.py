@@ -14,7 +14,7 @@ from segcompass.geometry import Frame
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.io.images import load_image
 from segcompass.learning.corpus import BlockMemo, feature_memo, visual_memo
-from segcompass.learning.features import open_features
+from segcompass.learning.planning.features import open_features
 from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.policy import Policy
 from segcompass.types import Sample

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from segcompass.learning.engine.sharding import gathered
 from segcompass.learning.grpo import answer_log_probs
-from segcompass.learning.sharding import gathered
 from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.policy import Policy, Sequences
 from segcompass.types import ReasoningBatch, Status

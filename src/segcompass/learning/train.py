@@ -25,12 +25,12 @@ from segcompass.io.errors import ConfigError
 from segcompass.io.progress import progress
 from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig, load_config
-from segcompass.learning.distributed import World, start
-from segcompass.learning.features import limit_pixels
+from segcompass.learning.engine.distributed import World, start
+from segcompass.learning.engine.lora import merged_state
+from segcompass.learning.engine.sharding import full_state
+from segcompass.learning.engine.states import saved_states
 from segcompass.learning.fit import check_policy, check_sae
-from segcompass.learning.lora import merged_state
-from segcompass.learning.sharding import full_state
-from segcompass.learning.states import saved_states
+from segcompass.learning.planning.features import limit_pixels
 from segcompass.learning.train_joint import train_joint
 from segcompass.learning.train_sae import train_sae
 from segcompass.learning.train_segmenter import train_segmenter

@@ -27,18 +27,18 @@ from segcompass.interfaces.concept_slots import ConceptSlots
 from segcompass.learning.checks import training_samples
 from segcompass.learning.config import JointStage, RunConfig
 from segcompass.learning.corpus import encode_answers, target_grid
-from segcompass.learning.distributed import World
-from segcompass.learning.freezing import freeze, frozen_copy
+from segcompass.learning.engine.distributed import World
+from segcompass.learning.engine.freezing import freeze, frozen_copy
+from segcompass.learning.engine.loop import Loop, Losses, grouped_indices
+from segcompass.learning.engine.lora import reference as without_adapters
+from segcompass.learning.engine.sharding import anchor, enable_checkpointing, shard
 from segcompass.learning.grpo import advantages, answer_log_probs, grpo_loss
-from segcompass.learning.loop import Loop, Losses, grouped_indices
-from segcompass.learning.lora import reference as without_adapters
 from segcompass.learning.questions import PictureMemo, Questions
 from segcompass.learning.rewards import format_score, mask_score
 from segcompass.learning.rollouts import Rollouts, sample_answers
 from segcompass.learning.segmentation import PlaceHead, Terms, segmentation_terms
-from segcompass.learning.sharding import anchor, enable_checkpointing, shard
 from segcompass.learning.train_warmup import answer_losses
-from segcompass.learning.watch import joint_observers, joint_panels
+from segcompass.learning.watching.watch import joint_observers, joint_panels
 from segcompass.pipeline import SegCompass
 from segcompass.reasoning.policy import Policy
 from segcompass.types import ReasoningBatch

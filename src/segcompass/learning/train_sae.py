@@ -1,6 +1,6 @@
 """Train the sparse autoencoder on the frozen policy's states (Eq. 7).
 
-Tokens of many sequences come in a shuffled stream (`activations.py`), so that no batch is the
+Tokens of many sequences come in a shuffled stream (`activations/stream.py`): no batch is the
 tokens of one picture. Padding, end-of-text and concentration tokens are left out: the SAE never
 sees them later either. Under torchrun each rank reads its own slice of the data; gradients and
 counts are those of all ranks' tokens together.
@@ -18,9 +18,11 @@ import torch
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
 from segcompass.data.documents import DocumentSet
-from segcompass.learning.activation_cache import ActivationCache, Tokens
-from segcompass.learning.activation_sources import DocumentSource, SampleSource, Source
-from segcompass.learning.activations import (
+from segcompass.learning.activations.cache import ActivationCache, Tokens
+from segcompass.learning.activations.sae_loop import SaeLoop, input_scale, new_sae
+from segcompass.learning.activations.sae_report import as_table, measure_fidelity
+from segcompass.learning.activations.sources import DocumentSource, SampleSource, Source
+from segcompass.learning.activations.stream import (
     Groups,
     StateReader,
     Statistics,
@@ -30,9 +32,7 @@ from segcompass.learning.activations import (
 )
 from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig, SaeStage
-from segcompass.learning.distributed import World
-from segcompass.learning.sae_loop import SaeLoop, input_scale, new_sae
-from segcompass.learning.sae_report import as_table, measure_fidelity
+from segcompass.learning.engine.distributed import World
 from segcompass.reasoning.policy import Policy
 
 REPORT = "sae_report.json"

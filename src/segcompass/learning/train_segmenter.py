@@ -21,7 +21,7 @@ from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.io.masks import box, decode
 from segcompass.learning.config import RunConfig, SegmenterStage
 from segcompass.learning.corpus import frame_memo, read_pictures, target_grid
-from segcompass.learning.loop import Loop, Losses, batch_indices
+from segcompass.learning.engine.loop import Loop, Losses, batch_indices
 from segcompass.learning.losses import dice_loss, map_bce, soft_iou
 
 

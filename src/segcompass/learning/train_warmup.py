@@ -29,8 +29,8 @@ from segcompass.learning.corpus import (
     stack_targets,
     visual_memo,
 )
-from segcompass.learning.loop import Loop, Losses, batch_indices, grouped_indices
-from segcompass.learning.watch import stage_observers
+from segcompass.learning.engine.loop import Loop, Losses, batch_indices, grouped_indices
+from segcompass.learning.watching.watch import stage_observers
 from segcompass.reasoning.policy import Policy, Sequences
 from segcompass.types import TokenKind
 

@@ -1,0 +1,1 @@
+"""What a run will take, and what can be computed before it."""
