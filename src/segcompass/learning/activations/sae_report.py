@@ -17,14 +17,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
-from segcompass.concepts.sparse_codes import offsets
 from segcompass.interfaces.concept_slots import read_by_sae
 from segcompass.learning.activations.latents import MODALITIES, modality_of
 from segcompass.learning.activations.sources import pixels_of
 from segcompass.learning.activations.stream import Group, StateReader, Statistics
 from segcompass.learning.engine.distributed import World
 from segcompass.reasoning.policy import Policy, Sequences
-from segcompass.types import SparseCodes, TokenKind
+from segcompass.types import TokenKind
 
 SHARED = 0.05  # a latent is shared if its weaker modality has at least this part of its firing rate
 _PASSES = ("original", "reconstructed", "zero")
@@ -114,7 +113,7 @@ class _Meter:
     ) -> Float[Tensor, "n D"]:
         """Take in some tokens; returns their reconstructions."""
         codes = self.sae.encode_sparse(z.to(self.sae.W_enc))
-        rebuilt = _decode(self.sae, codes)
+        rebuilt = self.sae.decode_sparse(codes).float()
         error = (z - rebuilt).double().square().sum(-1)
         for row, chosen in enumerate((usual, torch.ones_like(usual))):
             x = z[chosen].double()
@@ -155,14 +154,6 @@ class _Meter:
             "loss_recovered": _finite((loss["zero"] - loss["reconstructed"]) / gap if gap else 0.0),
             **_shares(rates),
         }
-
-
-def _decode(sae: SparseAutoencoder, codes: SparseCodes) -> Float[Tensor, "n D"]:
-    """What the codes stand for, as the finished SAE is used: with its threshold."""
-    bags = F.embedding_bag(
-        codes.columns, sae.W_dec, offsets(codes), mode="sum", per_sample_weights=codes.values
-    )
-    return (bags + sae.b_dec).float()
 
 
 def _explained(moments: Tensor) -> float:
