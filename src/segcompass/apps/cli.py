@@ -21,6 +21,7 @@ from segcompass.apps import (
     data_commands,
     eval_commands,
     explain_commands,
+    serve_commands,
 )
 from segcompass.apps.console import CommandGroup
 from segcompass.apps.options import AsJson, Device, Dtype, Model, Revision, Threshold, load
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(data_commands.app, name="data")
 app.add_typer(eval_commands.app)
 app.add_typer(explain_commands.app)
+app.add_typer(serve_commands.app)
 
 
 class Stage(StrEnum):
@@ -200,7 +202,7 @@ def train(
 def _show_plan(config: Path, overrides: list[str], gpus: int, memory: float, as_json: bool) -> None:
     """Memory and work of the joint stage, computed on the meta device."""
     from segcompass.learning.config import load_config
-    from segcompass.learning.plan import plan
+    from segcompass.learning.planning.plan import plan
 
     made = plan(load_config(config, overrides), gpus, memory)
     if as_json:

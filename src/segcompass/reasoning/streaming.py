@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -28,7 +27,7 @@ class TextStream(BaseStreamer):
     def put(self, value: Tensor) -> None:
         """Take the prompts, on the first call, and then the next token of every row."""
         if self._written is None:
-            self._written = [[] for _ in torch.atleast_2d(value)]
+            self._written = [[] for _ in range(len(value))]
             return
         for row, token in zip(self._written, value.flatten().tolist(), strict=True):
             row.append(token)
