@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -75,7 +74,7 @@ class FusedStep(JointStep):
 class PlainStep(FusedStep):
     """The same step, with every intermediate in full and one policy pass for each purpose."""
 
-    def from_rollouts(self, questions: Questions) -> tuple[Terms, Tensor]:
+    def from_rollouts(self, questions: Questions, forced: bool = False) -> tuple[Terms, Tensor]:
         group = self.stage.rollout.group
         questions = questions.take(i for i in range(len(questions.samples)) for _ in range(group))
         rollouts = train_joint.sample_answers(self.policy, [], [], self.stage.rollout)
@@ -149,7 +148,7 @@ class Case(NamedTuple):
         """Forward and backward; the gradients are left in ``.grad``."""
 
         def run() -> Tensor:
-            with mock.patch.object(train_joint, "sample_answers", lambda *_: self.rollouts):
+            with mock.patch.object(train_joint, "sample_answers", lambda *_, **__: self.rollouts):
                 loss = side(0)["loss"]
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
@@ -232,7 +231,7 @@ def build_case(options: argparse.Namespace, folder: Path) -> Case:
     ours = one_question(FusedStep(*parts, config, config.train_joint))
     plain = one_question(PlainStep(*parts, config, config.train_joint))
     rollouts, seconds = answer(ours, options)
-    active = settlethreshold_for(ours, rollouts, options.active)
+    active = settle_threshold(ours, rollouts, options.active)
     return Case(ours, plain, rollouts, seconds, active)
 
 
@@ -243,17 +242,16 @@ def answer(step: JointStep, options: argparse.Namespace) -> tuple[Rollouts, floa
     asked = [s.instruction for s in questions.samples]
     prompt = step.policy.encode(questions.visuals, asked).ids.shape[1]
     config = step.stage.rollout.model_copy(update={"max_new_tokens": options.length - prompt})
-    forced = partial(step.policy.generate, force_form=True)
-    with mock.patch.object(step.policy, "generate", forced):
-        torch.manual_seed(0)
-        start = time.perf_counter()
-        rollouts = sample_answers(step.policy, questions.visuals, asked, config, questions.features)
-        seconds = time.perf_counter() - start
-    return rollouts, seconds
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    rollouts = sample_answers(
+        step.policy, questions.visuals, asked, config, questions.features, force_form=True
+    )
+    return rollouts, time.perf_counter() - start
 
 
 @torch.no_grad()
-def settlethreshold_for(step: JointStep, rollouts: Rollouts, active: int) -> float:
+def settle_threshold(step: JointStep, rollouts: Rollouts, active: int) -> float:
     """Keep about so many codes a token; returns how many there are."""
     sae = step.interface.sae
     states = rollouts.states.sae_states[read_by_sae(rollouts.states)]

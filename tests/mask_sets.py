@@ -69,7 +69,7 @@ def _random_answer(rng: np.random.Generator, name: str, *, ties: bool) -> Answer
         slots=slots,
         confidences=levels.astype(np.float32),
         ignore=rng.random(hw) < rng.random() if rng.random() < 0.3 else None,
-        status=rng.choice(np.array(STATUSES, dtype=object)),
+        status=STATUSES[rng.integers(len(STATUSES))],
         instruction=" ".join(["word"] * rng.integers(1, 20)),
         kind=rng.choice(["spatial", "geometric"]),
     )

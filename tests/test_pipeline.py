@@ -260,7 +260,8 @@ def test_tokens_alone_is_a_model_whose_concepts_say_nothing(
     project = model.interface.fusion.project
     for parameter in (project.weight, project.bias):
         monkeypatch.setattr(parameter, "data", torch.zeros_like(parameter))
-    assert_same(model.predict(picture(33, 47), "the red mug"), asked["tokens"], tolerance=1e-5)
+    expected = dataclasses.replace(asked["tokens"], paths="both")
+    assert_same(model.predict(picture(33, 47), "the red mug"), expected, tolerance=1e-5)
 
 
 def test_concepts_alone_is_a_policy_whose_tokens_say_nothing(
@@ -274,7 +275,9 @@ def test_concepts_alone_is_a_policy_whose_tokens_say_nothing(
         return result._replace(states=result.states._replace(concentration_states=silent))
 
     monkeypatch.setattr(model.policy, "generate", mute)
-    assert_same(model.predict(picture(33, 47), "the red mug"), asked["concepts"], tolerance=1e-5)
+    muted = {"concentration_states": np.zeros_like(asked["concepts"].concentration_states)}
+    expected = dataclasses.replace(asked["concepts"], paths="both", **muted)
+    assert_same(model.predict(picture(33, 47), "the red mug"), expected, tolerance=1e-5)
 
 
 def test_both_paths_are_the_default(model: SegCompass, asked: dict[str, Prediction]) -> None:

@@ -18,6 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from segcompass.evaluation.detection import Pool, average_precision, match_targets, pool_detections
 from segcompass.evaluation.metrics import Metrics
 from segcompass.evaluation.scoring import PairScore
+from segcompass.types import Status
 
 ALL = 0b1111111111  # matched from IoU 0.50 to 0.95
 
@@ -117,7 +118,7 @@ def test_agrees_with_coco_eval_beyond_a_hundred_detections() -> None:
     targets = rng.random((130, 12, 12)) < 0.1
     slots = targets ^ (rng.random(targets.shape) < 0.02)
     confidences = rng.integers(0, 60, size=130).astype(np.float32) / 64
-    answer = Answer("x", targets, slots, confidences, None, "ok")
+    answer = Answer("x", targets, slots, confidences, None, Status.OK)
     result = Metrics([answer.score()]).result(resamples=0)
     assert 0.1 < result["ap"] == pytest.approx(coco_precision([answer]).mean(), abs=1e-9)
 

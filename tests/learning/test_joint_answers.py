@@ -155,7 +155,7 @@ def test_masks_cost_what_they_cost_without_the_malformed(joint: Callable[..., Jo
     step = joint()
     rollouts, questions, states, _ = answered(step, HALF_WHOLE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "sample_answers", lambda *_: rollouts)
+        patch.setattr(module, "sample_answers", lambda *_, **__: rollouts)
         terms, _ = step.from_rollouts(questions.take([0, 2]))
     alone = ReasoningBatch(*(part[[0, 2]] for part in states))
     expected = step.segmentation(alone, questions.take([0, 2]))

@@ -335,7 +335,7 @@ def test_killed_and_resumed_on_as_many_ranks_or_others(tmp_path: Path) -> None:
     train(policies, fewer, ALONE)
     for folder in (fewer, more):
         found = [[row["step"], row["loss"], row["norm"]] for row in rows_of(folder)]
-        np.testing.assert_allclose(found, figures, rtol=2e-5)  # rounded for the log
+        np.testing.assert_allclose(found, figures, rtol=0, atol=1.1e-4)  # a digit of the log
         assert min(row[2] for row in figures) > 1  # all of them are clipped
     assert [path.name for path in fewer.glob("state*")] == ["state.safetensors"]
     assert [path.name for path in more.glob("state*")] == ["state-00000006"]
