@@ -115,12 +115,16 @@ def test_ask_click_through_change_and_download(page: playwright.Page, tmp_path: 
     assert compared.locator("tbody tr").count() == 6
     page.screenshot(path=tmp_path / "changed.png")
 
-    # Every file can be downloaded, and holds what was asked.
+    # Every file is there, and one of each sort is downloaded: Chromium stops at ten in a row.
     links = page.locator("a[download]")
     files = {}
-    for number in range(links.count()):
+    for link in links.all():
+        name, address = link.get_attribute("download"), link.get_attribute("href")
+        assert name and address and page.request.get(address).ok
+        if name != "coco.json" and Path(name).suffix in {p.suffix for p in files.values()}:
+            continue
         with page.expect_download() as loading:
-            links.nth(number).click()
+            link.click()
         target = tmp_path / loading.value.suggested_filename
         loading.value.save_as(target)
         files[target.name] = target
