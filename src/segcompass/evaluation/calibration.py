@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def reliability(confidences: Sequence[float], came_true: Sequence[bool]) -> Reli
     sums = [np.bincount(place, weights=values, minlength=BINS) for values in (said, true)]
     bins = tuple(
         Bin(float(low), float(high), int(n), *((float(a / n), float(b / n)) if n else (None, None)))
-        for low, high, n, a, b in zip(edges, edges[1:], counts, *sums, strict=False)
+        for (low, high), n, a, b in zip(pairwise(edges), counts, *sums, strict=True)
     )
     error = float(np.abs(sums[0] - sums[1]).sum() / len(said)) if len(said) else None
     return Reliability(bins, error)

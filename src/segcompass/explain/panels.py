@@ -36,7 +36,7 @@ def draw_panels(answers: Sequence[tuple[Prediction, Quality]], stem: Path) -> No
         rows = max(len(answers), 1)
         figure = Figure(figsize=(7.2, 1.42 * rows + 0.25), layout="constrained")
         grid = figure.subplots(rows, 5, squeeze=False)
-        for axes, (prediction, quality) in zip(grid, answers, strict=False):
+        for axes, (prediction, quality) in zip(grid[: len(answers)], answers, strict=True):
             _row(axes, prediction, quality)
         for axis, title in zip(grid[0], TITLES, strict=True):
             axis.set_title(title, loc="center", color=SOFT, fontweight="normal", fontsize=8)
