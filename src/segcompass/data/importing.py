@@ -17,6 +17,7 @@ from segcompass.data.json_files import dump_json, load_json
 from segcompass.data.refcoco import GREFCOCO, NO_TARGET, Broken
 from segcompass.io import archives, masks
 from segcompass.io.errors import DataError
+from segcompass.io.links import link_or_copy
 
 FORMS = ("coco", "labelme", "masks")
 AUTHOR = "unc"  # whom the reader looks for first
@@ -236,15 +237,5 @@ class _Writer:
         if archives.in_archive(source):
             target.write_bytes(archives.read_bytes(source))
         else:
-            _link_or_copy(source, target, self.link)
+            (link_or_copy if self.link else shutil.copyfile)(source, target)
         return name
-
-
-def _link_or_copy(source: Path, target: Path, link: bool) -> None:
-    if link:
-        try:
-            os.link(source, target)
-            return
-        except OSError:  # another disk, or one without links
-            pass
-    shutil.copyfile(source, target)

@@ -38,6 +38,7 @@ from segcompass.data.scenes.render import render
 from segcompass.data.scenes.world import SPLITS, sample_scene
 from segcompass.io import masks
 from segcompass.io.errors import DataError
+from segcompass.io.links import link_or_copy
 
 WORLD_VERSION = 3  # raised whenever the same seed would give other bytes
 IMAGES_PER_SPLIT = 1_000_000  # ids of pictures count from here on, split by split
@@ -193,7 +194,7 @@ def _make(task: _Task) -> _Made:
     name = f"{task.split}_{task.index:06d}.jpg"
     picture = task.folder / "grefcoco" / "images" / name
     Image.fromarray(drawn.image).save(picture, quality=JPEG_QUALITY, subsampling=0)
-    _link(picture, task.folder / "refcoco" / "images" / name)
+    link_or_copy(picture, task.folder / "refcoco" / "images" / name)
     _write_reasonseg(picture, task.folder / "reasonseg" / task.split, questions, drawn.visible)
     height, width = drawn.image.shape[:2]
     annotations = _annotations(scene, drawn.visible, image_id)
@@ -288,7 +289,7 @@ def _write_reasonseg(
             path = folder / f"{picture.stem}_{number}.json"
             shapes = [p for target in sorted(question.targets) for p in polygons[target]]
             write_note(path, question.text, shapes)
-            _link(picture, path.with_suffix(".jpg"))
+            link_or_copy(picture, path.with_suffix(".jpg"))
 
 
 def _write_tables(out: Path, made: list[_Made]) -> None:
@@ -304,7 +305,7 @@ def _write_tables(out: Path, made: list[_Made]) -> None:
         for table in ("images", "annotations", "refs")
     }
     dump_json(out / "grefcoco" / "instances.json", instances)
-    _link(out / "grefcoco" / "instances.json", out / "refcoco" / "instances.json")
+    link_or_copy(out / "grefcoco" / "instances.json", out / "refcoco" / "instances.json")
     dump_json(out / "grefcoco" / "grefs(unc).json", references)
     dump_json(out / "grefcoco" / SIDE_FILE, side)
     single = [
@@ -316,11 +317,3 @@ def _write_tables(out: Path, made: list[_Made]) -> None:
     # how many processes the records came through
     plain = json.loads(json.dumps(single))
     (out / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(plain, protocol=2))
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard-link, or copy where the file system cannot."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
