@@ -103,6 +103,11 @@ def test_no_threshold_from_a_test_split(split: str) -> None:
         calibrate(a_set_by_hand(), split)
 
 
+def test_no_threshold_from_a_control() -> None:
+    with pytest.raises(DataError, match="--control shuffle-images"):
+        calibrate(a_set_by_hand(), "val", "shuffle-images")
+
+
 def test_no_threshold_from_nothing() -> None:
     with pytest.raises(DataError, match="no samples"):
         calibrate([], "val")

@@ -145,7 +145,8 @@ def calibrate(
     from segcompass.evaluation.diagram import reliability_svg
     from segcompass.evaluation.run_log import ROWS, read_figures, read_scores, replace_file
 
-    found = calibrate(read_scores(run / ROWS), read_figures(run)["split"])
+    figures = read_figures(run)
+    found = calibrate(read_scores(run / ROWS), figures["split"], figures.get("control"))
     result = found.result()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

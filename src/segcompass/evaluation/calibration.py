@@ -61,19 +61,25 @@ class Calibration:
         return asdict(self)
 
 
-def calibrate(scores: Iterable[PairScore], split: str) -> Calibration:
+def calibrate(scores: Iterable[PairScore], split: str, control: str | None = None) -> Calibration:
     """Calibrate on the scores of one run.
 
     Args:
         scores: of ``score_sample``; answers that are not well-formed count with IoU 0 throughout.
         split: the split that was run, train or val.
+        control: of the run; only a run without one says anything about confidences.
 
     Raises:
-        DataError: another split, or no samples.
+        DataError: another split, a run with a control, or no samples.
         ValueError: a score was made without the single slots.
     """
     if split not in SPLITS:
         raise DataError(f"a threshold is chosen on {' or '.join(SPLITS)}, not on {split!r}")
+    if control is not None:
+        raise DataError(
+            f"the run was made with --control {control}: its answers are meant to be wrong; "
+            "run the evaluation without it"
+        )
     run = list(scores)
     if not run:
         raise DataError("there are no samples to choose a threshold on; run the evaluation first")
