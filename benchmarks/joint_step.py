@@ -25,7 +25,7 @@ import importlib.util
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -45,9 +45,10 @@ from segcompass.interfaces.base import Alignment
 from segcompass.interfaces.concept_slots import ConceptSlots, HeadConfig, read_by_sae
 from segcompass.learning import train_joint
 from segcompass.learning.config import RunConfig
+from segcompass.learning.engine.loop import Losses
 from segcompass.learning.grpo import advantages, grpo_loss
 from segcompass.learning.rollouts import Rollouts, sample_answers
-from segcompass.learning.segmentation import Terms
+from segcompass.learning.teachers import MaskTeacher
 from segcompass.learning.train_joint import JointStep, Questions, freeze
 from segcompass.reasoning.backbones import QwenBackbone
 from segcompass.reasoning.from_scratch import (
@@ -58,36 +59,65 @@ from segcompass.reasoning.from_scratch import (
 )
 from segcompass.reasoning.policy import Policy, PolicyConfig
 from segcompass.reasoning.prompts import PromptConfig
-from segcompass.types import ReasoningBatch, SparseCodes, TokenKind
+from segcompass.types import ReasoningBatch, TokenKind
 
 TOLERANCE = 1e-3  # of gradients, relative to the largest entry; advantages amplify rounding
 
 
-class FusedStep(JointStep):
-    """Our step. Random weights mask alike, so each answer of a group is paid a little more."""
+class Paid(MaskTeacher):
+    """Random weights mask alike, so each answer of a group is paid a little more."""
 
     def rewards(self, rollouts: Rollouts, questions: Questions) -> dict[str, Tensor]:
         found = super().rewards(rollouts, questions)
         return {**found, "reward": found["reward"] + torch.arange(len(rollouts.ids)).float()}
 
 
+class PaidDensely(Paid):
+    """The same with dense activations."""
+
+    def align(
+        self, states: ReasoningBatch, questions: Questions, gates: Tensor | None = None
+    ) -> Alignment:
+        """Eq. 4 and Fig. 3 over all latents."""
+        interface, readable = self.interface, read_by_sae(states)
+        sae, codebook = interface.sae, interface.codebook
+        activations = F.threshold(sae.encode(states.sae_states), sae.config.threshold, 0.0)
+        concepts = codebook.aggregate(activations @ codebook.codebook, readable)
+        queries = interface.fusion(states.concentration_states, concepts.vectors, gates)
+        return interface.ground(queries, questions.keys, questions.frames)
+
+
+class FusedStep(JointStep):
+    """Our step."""
+
+    paid: type[MaskTeacher] = Paid
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        policy, encoder, interface, _, stage = parts
+        self.teacher = self.paid(policy, encoder, interface, stage, None)
+
+
 class PlainStep(FusedStep):
     """The same step, with every intermediate in full and one policy pass for each purpose."""
 
-    def from_rollouts(self, questions: Questions, forced: bool = False) -> tuple[Terms, Tensor]:
+    paid = PaidDensely
+
+    def __call__(self, step: int) -> Iterator[Losses]:
         group = self.stage.rollout.group
-        questions = questions.take(i for i in range(len(questions.samples)) for _ in range(group))
+        questions = self.questions(self.samples).take([0] * group)
         rollouts = train_joint.sample_answers(self.policy, [], [], self.stage.rollout)
         new = self.log_probs(self.policy, rollouts, questions)
         states = self.states(rollouts, questions)
-        rewards = self.rewards(rollouts._replace(states=states), questions)
+        rewards = self.teacher.rewards(rollouts._replace(states=states), questions)
         with torch.no_grad():
             before = self.log_probs(self.reference, rollouts, questions)
         gains = advantages(rewards["reward"].unflatten(0, (-1, group))).flatten()
         old, mask = rollouts.log_probs, rollouts.is_answer
         loss, kl, _ = grpo_loss(new, old, before, mask, gains, self.stage.grpo)
-        terms = {"policy": loss, "kl": kl, **self.segmentation(states, questions), **rewards}
-        return terms, states.sae_states
+        terms = {"policy": loss, "kl": kl, **self.teacher.supervise(states, questions), **rewards}
+        counts = {name: values.numel() for name, values in terms.items()}
+        yield self.losses(terms, counts, states.sae_states, self.stage.weights(step))
 
     def whole_pass(self, policy: Policy, rollouts: Rollouts, questions: Questions) -> Any:
         """Everything that a call of the model gives: all layers' states, all tokens' logits."""
@@ -118,22 +148,6 @@ class PlainStep(FusedStep):
         read = layers[self.policy.config.sae_layer + 1]
         return ReasoningBatch(ids, kinds, read, slots, rollouts.well_formed)
 
-    def align(
-        self, states: ReasoningBatch, questions: Questions, gates: Tensor | None = None
-    ) -> Alignment:
-        """Eq. 4 and Fig. 3 with dense activations."""
-        interface, readable = self.interface, read_by_sae(states)
-        sae, codebook = interface.sae, interface.codebook
-        activations = F.threshold(sae.encode(states.sae_states), sae.config.threshold, 0.0)
-        concepts = codebook.aggregate(activations @ codebook.codebook, readable)
-        queries = interface.fusion(states.concentration_states, concepts.vectors, gates)
-        keys = questions.keys
-        padding = train_joint.padding_mask(questions.frames, keys.shape[-1], keys.device)
-        none = torch.zeros(0, dtype=torch.long)
-        codes = SparseCodes(none, none, torch.zeros(0), readable.numel(), sae.config.d_sae)
-        slots = interface.mapper(queries, keys, padding)
-        return Alignment(slots, queries, concepts.vectors, codes, None)
-
 
 class Case(NamedTuple):
     """Both sides around the same weights, and what they are given."""
@@ -149,9 +163,9 @@ class Case(NamedTuple):
 
         def run() -> Tensor:
             with mock.patch.object(train_joint, "sample_answers", lambda *_, **__: self.rollouts):
-                loss = side(0)["loss"]
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
+                (values,) = side(0)
+            values["loss"].backward()  # type: ignore[no-untyped-call]
+            return values["loss"].detach()
 
         return run
 

@@ -31,6 +31,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from segcompass.learning.engine.optimizer import MasterWeights
 from segcompass.learning.rollouts import Rollouts
+from segcompass.learning.teachers import MaskTeacher
 from segcompass.learning.train_joint import JointStep, Questions, freeze
 from segcompass.reasoning.backbones import QwenBackbone
 from segcompass.reasoning.policy import Policy
@@ -51,8 +52,8 @@ class Endless(QwenBackbone):
         return [*super().placeholder_ids, int(self.model.config.get_text_config().eos_token_id)]
 
 
-class LanguageStep(JointStep):
-    """The joint step where no answer has masks: random policies never keep to the form."""
+class Variety(MaskTeacher):
+    """No answer has masks: random policies never keep to the form."""
 
     def rewards(self, rollouts: Rollouts, questions: Questions) -> dict[str, Tensor]:
         assert not rollouts.well_formed.any()
@@ -74,11 +75,13 @@ def our_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[int],
     changes |= {"learning_rate": RATE, "weight_decay": DECAY, "steps": 1000, "betas": (0.9, 0.999)}
     stage = type(config.train_joint).model_validate({**config.train_joint.model_dump(), **changes})
     weights = MasterWeights({"policy": freeze(*parts, stage)["policy"]}, stage)
-    step = joint_step.one_question(LanguageStep(*parts, config, stage))
+    step = joint_step.one_question(JointStep(*parts, config, stage))
+    step.teacher = Variety(*parts, stage, None)
 
     def run(number: int) -> None:
         torch.manual_seed(number)
-        step(number)["loss"].backward()  # type: ignore[no-untyped-call]
+        (values,) = step(number)
+        values["loss"].backward()  # type: ignore[no-untyped-call]
         weights.step(number)
 
     return run, prompt, options.length - prompt

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from segcompass.evaluation.footprint import peak_of_freed as peak_of_freed
+from segcompass.evaluation.footprint import transient_bytes as transient_bytes
 
 
 def median_seconds(
@@ -31,41 +31,6 @@ def median_seconds(
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def transient_bytes(run: Callable[[], object]) -> int:
-    """Peak of the memory that is allocated during a call and free again after it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report to stderr
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            kept = run()
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    del kept  # the output counts as remaining
-    changes = [event for event in events if event["name"] == "[memory]"]
-    return peak_of_freed([(e["args"]["Addr"], e["args"]["Bytes"]) for e in changes])
-
-
-def peak_of_freed(changes: Sequence[tuple[int, int]]) -> int:
-    """Highest sum of blocks alive at once, among blocks both taken and given back.
-
-    Args:
-        changes: (address, bytes) in order of time; negative bytes give a block back.
-    """
-    opened: dict[int, int] = {}  # address -> position of the event that took the block
-    transient = [0] * len(changes)
-    for position, (address, size) in enumerate(changes):
-        if size > 0:
-            opened[address] = position
-        elif address in opened:  # otherwise it is older than the call
-            transient[opened.pop(address)] = -size
-            transient[position] = size
-    peak = alive = 0
-    for change in transient:
-        alive += change
-        peak = max(peak, alive)
-    return peak
 
 
 def row(

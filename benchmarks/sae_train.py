@@ -36,8 +36,8 @@ from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAuto
 from segcompass.learning.activations.cache import ActivationCache, Tokens
 from segcompass.learning.activations.sae_loop import SaeLoop
 from segcompass.learning.activations.stream import StreamPlan, TokenStream
-from segcompass.learning.config import SaeStage
 from segcompass.learning.engine.distributed import World
+from segcompass.learning.stages import SaeStage
 
 TOLERANCE = 0.02  # of explained variance, and relative of L0
 TURN = 10  # steps of one side before the other's turn

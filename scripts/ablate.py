@@ -1,53 +1,30 @@
 """Run an ablation: every arm with every seed, trained, judged, and set side by side.
 
-    python scripts/ablate.py configs/ablations/table4.yaml
+    python scripts/ablate.py configs/ablations/table4.yaml [--steps N] [--limit N] [--seeds 0 1]
+                             [--model DIR]
 
-The file names a base config, what all arms share, the arms, the seeds and what is judged. Each run
-lies in OUT/ARM-SEED; an arm may change how it is judged, too. What is done is not run again, so a
-later call goes on. The table (mean and standard deviation over seeds) goes to stdout and to
-OUT/table.md.
+The file is an experiment as `segcompass compare` takes it (learning/arms.py): a base config, the
+run whose finished parts all arms start from, what all arms share, the arms, the seeds and what is
+judged. What is done is not run again and what was cut off is continued, so a later call goes on.
+The table (mean and standard deviation over seeds) goes to stdout and to OUT/table.md.
+
+``--steps`` shortens the joint stage, ``--limit`` the judging, ``--seeds`` takes others, ``--model``
+is a finished model that all arms start from instead: a cheap look at the same arms, kept in a
+folder of its own.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from segcompass.evaluation.benchmark import METRICS, evaluate
-from segcompass.io.progress import progress
-from segcompass.learning import train
-from segcompass.pipeline import SegCompass
+from segcompass.learning.arms import load_experiment, run_arm
+from segcompass.learning.config import read_settings
 
 FIGURES = ("giou_target", "n_acc", "t_acc", "reasoning_target_accuracy", "format_valid")
-
-
-def settings(changes: dict[str, Any], prefix: str = "") -> list[str]:
-    """Nested changes as the command line's ``a.b=value``."""
-    found = []
-    for key, value in changes.items():
-        nested = isinstance(value, dict)
-        name = f"{prefix}{key}"
-        found += settings(value, f"{name}.") if nested else [f"{name}={json.dumps(value)}"]
-    return found
-
-
-def run_arm(spec: dict[str, Any], arm: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
-    """Train and judge one arm with one seed, unless that is done already."""
-    judged = folder / "eval"
-    if (judged / METRICS).exists():
-        figures: dict[str, Any] = json.loads((judged / METRICS).read_text())
-        return figures
-    asked = {**spec["eval"], **arm.get("eval", {})}
-    overrides = [f"run={folder}", f"seed={seed}", *settings(spec["common"])]
-    overrides += settings({key: value for key, value in arm.items() if key != "eval"})
-    model = train.run("joint", Path(spec["config"]), overrides, resume=True)
-    with progress(f"eval {folder.name}") as moved:
-        return evaluate(SegCompass.from_pretrained(model), **asked, out=judged, progress=moved)
 
 
 def row(name: str, runs: list[dict[str, Any]]) -> str:
@@ -60,18 +37,44 @@ def row(name: str, runs: list[dict[str, Any]]) -> str:
     return f"| {name} | {len(runs)} | " + " | ".join(cells) + " |"
 
 
-def main(path: Path) -> None:
+def shortened(options: argparse.Namespace) -> list[str]:
+    """What the options change in the file."""
+    spec = read_settings(options.file)
+    out, changes = str(spec["out"]), []
+    if options.seeds:
+        changes.append(f"seeds={options.seeds}")
+    if options.steps is not None:
+        told = spec.get("common", {}).get("train_joint", {}).get("oracle_steps", 0)
+        changes.append(f"common.train_joint.steps={options.steps}")
+        changes.append(f"common.train_joint.oracle_steps={min(told, options.steps)}")
+        out += f"-steps{options.steps}"
+    if options.limit is not None:
+        changes.append(f"eval.limit={options.limit}")
+        out += f"-limit{options.limit}"
+    if options.model is not None:
+        start = "from" if "from" in spec else "common.train_joint.start"
+        changes.append(f"{start}={options.model}")
+        out += f"-{options.model.name}"
+    return [*changes, f"out={out}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing and print the table."""
-    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    spec["eval"]["data"] = Path(spec["eval"]["data"])
-    out = Path(spec["out"])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--steps", type=int, help="of the joint stage")
+    parser.add_argument("--limit", type=int, help="questions that are judged")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--model", type=Path, help="a finished model to start from")
+    options = parser.parse_args(arguments)
+    experiment = load_experiment(options.file, shortened(options))
     lines = ["| arm | seeds | " + " | ".join(FIGURES) + " |", "|---|---:|" + "---:|" * len(FIGURES)]
-    for name, arm in spec["arms"].items():
-        runs = [run_arm(spec, arm, seed, out / f"{name}-{seed}") for seed in spec["seeds"]]
+    for name in experiment.arms:
+        runs = [run_arm(experiment, name, folder) for folder in experiment.runs(name)]
         lines.append(row(name, runs))
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+    (experiment.out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

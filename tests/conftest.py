@@ -65,6 +65,19 @@ def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_scenes(tmp_path_factory.mktemp("scenes") / "scenes")
 
 
+@pytest.fixture(scope="session")
+def warm_config(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path) -> Path:
+    """The config of a run that has all but its joint stage behind it; do not write to RUN."""
+    from recipes import write_config
+
+    from segcompass.learning import train
+
+    path = write_config(tmp_path_factory.mktemp("warm"), scenes_root)
+    for stage in ("segmenter", "warmup", "sae"):
+        train.run(stage, path, [], resume=True)
+    return path
+
+
 @pytest.fixture(scope="session", params=["qwen2_5_vl", "llava"])
 def family(request: pytest.FixtureRequest) -> str:
     """Both families of policies, one after the other."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from segcompass.types import Prediction, SparseCodes, Status, TokenKind
+from segcompass.types import BoxPrompts, Candidates, Prediction, SparseCodes, Status, TokenKind
 
 GRID = 8  # image tokens per side
 LATENTS = 2048
@@ -22,10 +22,69 @@ THOUGHT = (
 )
 INSTRUCTION = "Segment everything one could drink from."
 DISCS = (((88, 84), 44, (208, 52, 48)), ((180, 172), 28, (54, 112, 200)))  # (x, y), radius, colour
+_CONCEPTS = ("codes", "slot_attention", "concept_vectors")
+_HEATMAPS = ("slot_heatmaps", "heatmap_logits", "head_scores")
+WITHOUT = {  # what each interface has nothing to show for
+    "concept_slots": (),
+    "concentration_token": _CONCEPTS,
+    "latent_query": (*_CONCEPTS, *_HEATMAPS),
+    "text_readout": (*_CONCEPTS, *_HEATMAPS, "concentration_states", "slot_queries"),
+    "candidate_rerank": (),  # of concept_slots
+}
+INTERFACES = tuple(WITHOUT)
 
 
-def make_prediction(seed: int = 0, **changes: Any) -> Prediction:
-    """Two coloured discs, both found by slots 0 and 2; every array has its real shape."""
+def make_prediction(seed: int = 0, interface: str = "concept_slots", **changes: Any) -> Prediction:
+    """Two coloured discs, both found by slots 0 and 2; every array has its real shape.
+
+    ``interface`` says which fields there are.
+    """
+    full = _everything(seed)
+    own: dict[str, Any] = {"interface": interface, **dict.fromkeys(WITHOUT[interface])}
+    if interface == "text_readout":
+        own |= _named(full)
+    if interface == "candidate_rerank":
+        looks = np.abs(full.slot_queries).reshape(SLOTS, GRID, GRID)
+        own |= {"candidates": _candidates(full), "image_attention": looks}
+    return replace(full, **own | changes)
+
+
+def _named(full: Prediction) -> dict[str, Any]:
+    """Boxes of the discs in the answer's text, two points for the first and none for the second."""
+    boxes, points = np.full((SLOTS, 4), np.nan), np.full((SLOTS, 2, 2), np.nan)
+    for k, ((x, y), radius, _) in zip((0, 2), DISCS, strict=True):
+        boxes[k] = (x - radius - 2.5, y - radius, x + radius, y + radius + 3.2)
+    points[0] = (91.3, 80.0), (70.0, 88.5)
+    answer = '[{"bbox_2d":[41,40,132,131],"point_2d":[91,80]},{"bbox_2d":[150,144,208,203]}]'
+    tokens = (*full.tokens[:-SLOTS], "<answer>", "[", "]", "</answer>")
+    return {
+        "prompts": BoxPrompts(boxes.astype(np.float32), points.astype(np.float32)),
+        "text": f"<think>{THOUGHT}</think><answer>{answer}</answer>",
+        "tokens": tokens,
+        "token_kinds": np.append(full.token_kinds[:-SLOTS], [TokenKind.TEMPLATE] * 4),
+    }
+
+
+def _candidates(full: Prediction) -> Candidates:
+    """The right answer, its halves, and something else."""
+    first, second = full.slot_masks[0], full.slot_masks[2]
+    return Candidates(
+        masks=np.stack([first, first | second, second, full.slot_masks[4]]),
+        scores=np.array([0.6, 0.9, 0.4, 0.1], dtype=np.float32),
+        sources=("slot 1", "direct", "slot 2, heatmap 1", "attention 1"),
+        thoughts=(
+            "The mask shows the red mug. The blue one is missing.",
+            "The mask shows both mugs and nothing else.",
+            "The mask shows the small blue mug at f6, half in the shadow of the bottle, but the "
+            "instruction asks for everything one could drink from, and the large one is missing.",
+            "",
+        ),
+        chosen=1,
+    )
+
+
+def _everything(seed: int) -> Prediction:
+    """What concept_slots shows: all there is."""
     rng = np.random.default_rng(seed)
     yy, xx = np.mgrid[:SIZE, :SIZE]
     image = np.stack([226 - yy * 0.12, 219 - yy * 0.15, 205 - xx * 0.1], axis=-1)
@@ -44,7 +103,7 @@ def make_prediction(seed: int = 0, **changes: Any) -> Prediction:
     logits = np.log(np.clip(heatmaps[:, 4::8, 4::8], 1e-3, 0.999) ** -1.0 - 1) * -1
     step = SIZE / GRID
     corners = [(x * step, y * step) for y in range(GRID) for x in range(GRID)]
-    prediction = Prediction(
+    return Prediction(
         instruction=INSTRUCTION,
         status=Status.OK,
         text=f"<think>{THOUGHT}</think>" + "<seg>" * SLOTS,
@@ -70,7 +129,6 @@ def make_prediction(seed: int = 0, **changes: Any) -> Prediction:
         timings={"reasoning": 1.31, "concepts": 0.012, "grounding": 0.094, "masks": 0.071},
         source=str(Path("pictures") / "kitchen.png"),
     )
-    return replace(prediction, **changes)
 
 
 def no_target(seed: int = 0) -> Prediction:
@@ -89,23 +147,25 @@ def no_target(seed: int = 0) -> Prediction:
     )
 
 
-def malformed(seed: int = 0) -> Prediction:
+def malformed(seed: int = 0, interface: str = "concept_slots") -> Prediction:
     """An answer without its form: no mask may be read from it, and no concept was active."""
     text = "The mug, the mug, the mug <seg> the mug"
     nothing = torch.zeros(0, dtype=torch.long)
-    full = make_prediction(seed)
-    return replace(
-        full,
-        status=Status.MALFORMED,
-        reasoning=text,
-        text=text,
-        slot_scores=np.zeros(SLOTS, dtype=np.float32),
-        accepted=np.zeros(SLOTS, dtype=bool),
-        slot_masks=np.zeros_like(full.slot_masks),
-        slot_heatmaps=np.zeros_like(full.slot_heatmaps),
-        slot_attention=np.zeros_like(full.slot_attention),
-        codes=SparseCodes(nothing, nothing, torch.zeros(0), len(full.tokens), LATENTS),
-    )
+    full = _everything(seed)
+    nowhere = np.full((SLOTS, 4), np.nan, dtype=np.float32)
+    empty = {
+        "slot_scores": np.zeros(SLOTS, dtype=np.float32),
+        "accepted": np.zeros(SLOTS, dtype=bool),
+        "slot_masks": np.zeros_like(full.slot_masks),
+        "slot_heatmaps": np.zeros_like(full.slot_heatmaps),
+        "slot_attention": np.zeros_like(full.slot_attention),
+        "codes": SparseCodes(nothing, nothing, torch.zeros(0), len(full.tokens), LATENTS),
+        "prompts": BoxPrompts(nowhere, nowhere[:, None, :2]),
+        "candidates": None,
+    }
+    as_made = make_prediction(seed, interface)
+    has = {name: value for name, value in empty.items() if getattr(as_made, name) is not None}
+    return replace(as_made, status=Status.MALFORMED, reasoning=text, text=text, **has)
 
 
 def _blob(k: int, xx: np.ndarray, yy: np.ndarray, rng: np.random.Generator) -> np.ndarray:

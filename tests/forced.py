@@ -22,7 +22,7 @@ def answers_of(*lengths: int | None) -> Iterator[list[dict[str, Any]]]:
     plain = Policy.generate
 
     class Uneven(ForcedForm):
-        def _forced(self, row: int, answer: list[int], tail: str) -> int | None:
+        def _forced(self, row: int, answer: list[int], tail: str) -> list[int] | None:
             length = lengths[row % len(lengths)]
             if length is None:
                 return None

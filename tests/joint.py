@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.interfaces.concept_slots import ConceptSlots
-from segcompass.learning.config import JointStage, RunConfig
+from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.loop import Losses
 from segcompass.learning.rollouts import Rollouts, sample_answers
+from segcompass.learning.stages import JointStage
 from segcompass.learning.train_joint import JointStep, Questions
 from segcompass.model_folder import ModelConfig, build_interface
 from segcompass.reasoning.loading import load_policy
@@ -63,9 +65,17 @@ def stage(**changes: Any) -> JointStage:
 
 def take(step: JointStep, number: int = 0, lengths: tuple[int | None, ...] = LENGTHS) -> Losses:
     """Losses of a step whose answers think for these lengths."""
+    (values,) = micro_batches(step, number, lengths)
+    return values
+
+
+def micro_batches(
+    step: JointStep, number: int = 0, lengths: tuple[int | None, ...] = LENGTHS
+) -> Iterator[Losses]:
+    """The same, one micro-batch after the other."""
     torch.manual_seed(5)
     with answers_of(*lengths):
-        return step(number)
+        yield from step(number)
 
 
 def step_and_backward(

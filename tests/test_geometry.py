@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segcompass.geometry import (
+    Canvas,
+    Fit,
     Frame,
     boxes_to_frame,
     boxes_to_image,
@@ -226,3 +228,82 @@ def test_even_the_thinnest_image_is_not_all_padding(size: tuple[int, int], grid:
     mask = padding_mask([Frame.fit(size, 160)], grid)
     assert not mask[0, 0, 0]
     assert (~mask).sum() >= grid
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    hw=st.tuples(st.integers(1, 6000), st.integers(1, 6000)),
+    side=st.sampled_from([100, 840, 1000]),
+    fit=st.sampled_from(["stretch", "square"]),
+    seed=st.integers(0, 999),
+)
+def test_coordinates_go_to_the_canvas_and_back(
+    hw: tuple[int, int], side: int, fit: Fit, seed: int
+) -> None:
+    canvas, wh = Canvas(side, fit), np.array(hw[::-1])
+    points = np.random.default_rng(seed).uniform(0, 1, (7, 2)) * wh
+    written = canvas.points_to_canvas(points, hw)
+    assert (written >= 0).all()
+    assert (written <= side + 1e-9).all()
+    np.testing.assert_allclose(canvas.points_to_image(written, hw), points, atol=1e-3, rtol=0)
+    boxes = np.concatenate([points[:3], points[3:6]], axis=-1)
+    back = canvas.boxes_to_image(canvas.boxes_to_canvas(boxes, hw), hw)
+    np.testing.assert_allclose(back, boxes, atol=1e-3, rtol=0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    hw=st.tuples(st.integers(1, 6000), st.integers(1, 6000)),
+    fit=st.sampled_from(["stretch", "square"]),
+    seed=st.integers(0, 999),
+)
+def test_whole_numbers_on_the_canvas_cost_half_a_cell(
+    hw: tuple[int, int], fit: Fit, seed: int
+) -> None:
+    canvas, wh = Canvas(840, fit), np.array(hw[::-1])
+    cell = (np.full(2, max(hw)) if fit == "square" else wh) / 840
+    points = np.random.default_rng(seed).uniform(0, 1, (6, 2)) * wh
+    written = canvas.points_to_canvas(points, hw).round().astype(int)
+    apart = np.abs(canvas.points_to_image(written, hw) - points)
+    assert (apart <= np.maximum(1, cell / 2) + 1e-3).all()
+    boxes = np.concatenate([points[:3], points[3:]], axis=-1)
+    back = canvas.boxes_to_image(canvas.boxes_to_canvas(boxes, hw).round().astype(int), hw)
+    assert (np.abs(back - boxes) <= np.tile(np.maximum(1, cell / 2), 2) + 1e-3).all()
+
+
+def test_canvas_by_hand() -> None:
+    hw = (20, 60)
+    np.testing.assert_allclose(Canvas(30).points_to_canvas(np.array([[6, 10]]), hw), [[3, 15]])
+    square = Canvas(30, "square")  # the 60×60 square has the image in its rows 20…40
+    np.testing.assert_allclose(square.points_to_canvas(np.array([[6, 10]]), hw), [[3, 15]])
+    np.testing.assert_allclose(square.points_to_canvas(np.array([[6, 0]]), hw), [[3, 10]])
+    np.testing.assert_allclose(
+        square.boxes_to_image(np.array([[-5, 0, 15, 15], [10, 12, 40, 30]]), hw),
+        [[0, 0, 30, 10], [20, 4, 60, 20]],
+    )
+    assert square.points_to_image(np.zeros((0, 2)), hw).shape == (0, 2)
+    with pytest.raises(ValueError, match="4 coordinates"):
+        square.boxes_to_image(np.zeros((1, 2)), hw)
+    with pytest.raises(ValueError, match="at least 1 px"):
+        Canvas(0).points_to_canvas(np.zeros((1, 2)), hw)
+
+
+def test_a_stretched_frame_has_no_padding() -> None:
+    frame = Frame.stretch((30, 60), 120)
+    assert frame.scaled_hw == (120, 120)
+    assert not padding_mask([frame], 8).any()
+    np.testing.assert_array_equal(points_to_frame(np.array([[15, 15]]), frame), [[30, 60]])
+    assert to_frame(np.full((30, 60, 3), 9, np.uint8), frame).min() == 9
+    with pytest.raises(ValueError, match="at least 1 px"):
+        Frame.stretch((0, 4), 8)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    hw=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    seed=st.integers(0, 99),
+)
+def test_maps_of_a_stretched_frame_are_resized_once(hw: tuple[int, int], seed: int) -> None:
+    low = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(seed))
+    expected = torch.nn.functional.interpolate(low[None], hw, mode="bilinear")[0]
+    torch.testing.assert_close(masks_to_image(low, Frame.stretch(hw, 48)), expected)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tiny import tiny_model_folder, tiny_sae, tiny_sam
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, SamModel
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
+from segcompass.grounding.segmenters import load_segmenter
 from segcompass.io import checkpoints
 from segcompass.io.assets import MissingAssetError
 from segcompass.io.errors import CheckpointError
@@ -21,7 +21,6 @@ from segcompass.model_folder import (
     build_interface,
     find_model,
     load_model,
-    load_segmenter,
     save_model,
 )
 from segcompass.pipeline import SegCompass
@@ -53,7 +52,7 @@ def test_saved_and_loaded_it_predicts_the_same(tiny_model: Path, tmp_path: Path)
     binding = json.loads((tiny_model / "segcompass.json").read_text())
     config = ModelConfig.model_validate(binding["config"])
     sam = load_segmenter(tiny_model / "segmenter")
-    save_model(folder, config, model.policy, sam, model.interface.sae, model.interface)
+    save_model(folder, config, model.policy, sam, model.interface)
     again = load_model(folder, device="cpu")
     first, second = (m.predict(IMAGE, "the mug", threshold=0.0) for m in (model, again))
     assert first.text == second.text
@@ -207,38 +206,6 @@ def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
 def test_unknown_precision(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="float8"):
         load_model(tiny_model, dtype="float8")
-
-
-class TestSegmenters:
-    """Folders of plain SamModels."""
-
-    def test_pretrained(self, tmp_path: Path) -> None:
-        sam = tiny_sam()
-        sam.save_pretrained(tmp_path / "sam")
-        loaded = load_segmenter(tmp_path / "sam").state_dict()
-        assert all(torch.equal(loaded[name], t) for name, t in sam.state_dict().items())
-
-    def test_new_by_name(self) -> None:
-        assert load_segmenter("nano").config.vision_config.image_size == 160
-
-    def test_nothing_there(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="broken"):
-            load_segmenter(tmp_path / "broken")
-
-    def test_pickles_are_not_read(self, tmp_path: Path) -> None:
-        sam = tiny_sam()
-        sam.save_pretrained(tmp_path / "sam")
-        (tmp_path / "sam" / "model.safetensors").unlink()
-        torch.save(sam.state_dict(), tmp_path / "sam" / "pytorch_model.bin")
-        with pytest.raises(CheckpointError, match="sam"):
-            load_segmenter(tmp_path / "sam")
-
-    def test_missing_parameters(self, tmp_path: Path) -> None:
-        sam = tiny_sam()
-        state = {k: v for k, v in sam.state_dict().items() if "lin1" not in k}
-        sam.save_pretrained(tmp_path / "sam", state_dict=state)
-        with pytest.raises(CheckpointError, match=r"sam.*first difference .*lin1"):
-            load_segmenter(tmp_path / "sam")
 
 
 def test_an_interface_needs_matching_parts(tiny_model: Path) -> None:

@@ -93,6 +93,9 @@ def test_the_configs_have_the_settings_of_the_paper(name: str) -> None:
         assert config.data.image_pixels == (3_136, 705_600)
 
 
+WHOLE = ["train_joint.micro_batch=null", "train_joint.rollout.batch=null"]
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_the_headers_tell_what_the_plan_says(name: str) -> None:
     """Prompts stay within 1,400 tokens; hours and hardware are the planner's."""
@@ -106,7 +109,13 @@ def test_the_headers_tell_what_the_plan_says(name: str) -> None:
     assert made.workload.prompt <= 1_400 and made.workload.answer == 2_000
     assert float(hours[1].replace(",", "")) == pytest.approx(made.hours, rel=0.02)
     if int(said[1]) > 8:
-        assert not plan(load_config(path), 8, 80.0).fits
+        eight = re.search(r"8 in micro-batches \(([\d.]+) GB each\)", header)
+        longer = re.search(r"\(([\d,]+) on 8 GPUs\)", header)
+        assert eight and longer
+        small = plan(load_config(path), 8, 80.0)
+        assert small.fits and small.peak_bytes / 1e9 == pytest.approx(float(eight[1]), abs=0.05)
+        assert small.hours == pytest.approx(float(longer[1].replace(",", "")), rel=0.02)
+        assert not plan(load_config(path, WHOLE), 8, 80.0).fits
     row = f"| `{name}` | {said[1]} | {made.peak_bytes / 1e9:.1f} GB | {hours[1]} |"
     assert row in SCALE
 
@@ -115,8 +124,10 @@ def test_the_headers_tell_what_the_plan_says(name: str) -> None:
 def test_the_page_on_lora_tells_what_the_plan_says(name: str) -> None:
     row = next(r for r in SCALE.splitlines() if r.lower().startswith(f"| {name} |"))
     told = [float(cell.split()[0]) for cell in row.strip("| ").split("|")[1:]]
-    for tokens, peak in zip((2000, 500), told, strict=True):
+    cases = [(tokens, batch) for tokens in (2000, 500) for batch in ("null", "1")]
+    for (tokens, batch), peak in zip(cases, told, strict=True):
         settings = ["lora={rank: 16}", "batch=1", f"rollout.max_new_tokens={tokens}"]
+        settings += [f"micro_batch={batch}", f"rollout.batch={batch}"]
         overrides = [f"train_joint.{setting}" for setting in settings]
         made = plan(load_config(CONFIGS / f"{name}.yaml", overrides), 1, 80.0)
         assert made.fits and made.peak_bytes / 1e9 == pytest.approx(peak, abs=0.05)

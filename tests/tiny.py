@@ -89,7 +89,9 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def prompt_of(kind: str, slots: int = 6, limit: int = 600) -> Prompt:
+def prompt_of(
+    kind: str, slots: int = 6, limit: int = 600, form: str = "slots", canvas_side: int = 840
+) -> Prompt:
     """Prompts for the tokenizer of "qwen", "llava" or "nano", concentration tokens added."""
     template = {"qwen": QWEN_TEMPLATE, "llava": LLAVA_TEMPLATE, "nano": NANO_TEMPLATE}[kind]
     if kind == "nano":
@@ -98,7 +100,15 @@ def prompt_of(kind: str, slots: int = 6, limit: int = 600) -> Prompt:
         tokenizer = qwen_tokenizer() if kind == "qwen" else llava_tokenizer()
         tokenizer.add_tokens(concentration_tokens(slots), special_tokens=True)
     image = tokenizer.convert_tokens_to_ids("<image>" if kind == "llava" else "<|image_pad|>")
-    config = PromptConfig(template=template, slots=slots, max_instruction_tokens=limit)
+    config = PromptConfig.model_validate(
+        {
+            "template": template,
+            "form": form,
+            "slots": slots,
+            "canvas_side": canvas_side,
+            "max_instruction_tokens": limit,
+        }
+    )
     return Prompt(config, tokenizer, image, tokenizer.eos_token_id)
 
 
@@ -255,7 +265,7 @@ def tiny_model_folder(
     sam, sae = tiny_sam(seed), tiny_sae(seed=seed)
     torch.manual_seed(seed)
     interface = build_interface(config, policy, sam, sae)
-    save_model(folder, config, policy, sam, sae, interface)
+    save_model(folder, config, policy, sam, interface)
     return folder
 
 

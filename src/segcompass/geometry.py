@@ -1,9 +1,10 @@
 """The sole owner of resizing, padding and coordinate changes.
 
-Two frames exist besides the image itself. The *segmenter's frame* is a square of ``side`` px that
+Three frames exist besides the image itself. The *segmenter's frame* is a square of ``side`` px that
 holds the image scaled so that its longest side fits, in the top left corner, with padding to the
-right and below (SAM's convention). The *policy's frame* is either the whole image (Qwen2.5-VL) or
-the image centred on a square (LLaVA-1.5).
+right and below (SAM's convention), or stretched over the whole of it (SAM 2's). The *policy's
+frame* is either the whole image (Qwen2.5-VL) or the image centred on a square (LLaVA-1.5). The
+*canvas* is the policy's frame as a square of its own scale: coordinates in answers are px of it.
 
 Points are (x, y) and boxes (x0, y0, x1, y1), in px, continuous: pixel i covers [i, i + 1).
 """
@@ -24,15 +25,17 @@ from torch import Tensor
 
 FloatArray = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
+Fit = Literal["stretch", "square"]  # how the policy sees an image: whole, or centred on a square
 
 
 @dataclass(frozen=True)
 class Frame:
-    """How one image lies in the segmenter's square frame; make it with :meth:`fit`."""
+    """How one image lies in the segmenter's square frame: :meth:`fit` or :meth:`stretch` it."""
 
     image_hw: tuple[int, int]  # the image's own size
     scaled_hw: tuple[int, int]  # its size inside the frame; the rest is padding
     side: int  # the frame is side × side px
+    stretched: bool = False  # over the whole frame, whatever its proportions
 
     @classmethod
     def fit(cls, hw: tuple[int, int], side: int) -> Frame:
@@ -47,23 +50,36 @@ class Frame:
         Raises:
             ValueError: If a size is not positive.
         """
-        height, width = int(hw[0]), int(hw[1])
-        if height < 1 or width < 1 or side < 1:
-            raise ValueError(
-                f"image size {height}×{width} and frame side {side} must all be at least 1 px"
-            )
+        height, width = _positive(hw, side)
         scale = side / max(height, width)
         scaled = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
         return cls(image_hw=(height, width), scaled_hw=scaled, side=side)
 
+    @classmethod
+    def stretch(cls, hw: tuple[int, int], side: int) -> Frame:
+        """Scale an image to the whole frame, giving up its proportions; there is no padding.
+
+        Source: SAM 2's preprocessing. Arguments and errors as of :meth:`fit`.
+        """
+        return cls(image_hw=_positive(hw, side), scaled_hw=(side, side), side=side, stretched=True)
+
     @property
     def scale_xy(self) -> tuple[float, float]:
-        """Frame px per image px along x and y; they differ by rounding only."""
+        """Frame px per image px along x and y; unless stretched, they differ by rounding only."""
         return self.scaled_hw[1] / self.image_hw[1], self.scaled_hw[0] / self.image_hw[0]
 
 
+def _positive(hw: tuple[int, int], side: int) -> tuple[int, int]:
+    height, width = int(hw[0]), int(hw[1])
+    if height < 1 or width < 1 or side < 1:
+        raise ValueError(
+            f"image size {height}×{width} and frame side {side} must all be at least 1 px"
+        )
+    return height, width
+
+
 def to_frame(image: UInt8Array, frame: Frame) -> UInt8Array:
-    """Scale an image into its frame (antialiased bilinear); the padding is 0.
+    """Scale an image into its frame (antialiased, bilinear); the padding is 0.
 
     Args:
         image: uint8 (height, width, 3), of the size the frame was fitted to.
@@ -94,7 +110,8 @@ def masks_to_image(
     """Bring maps of the whole square frame back to the image's own size.
 
     Source: segment-anything's ``postprocess_masks``: upsample to the frame, crop the padding,
-    resize to the image; bilinear, on logits, so that thresholding comes last.
+    resize to the image; for a stretched image SAM 2's, which resizes once. Bilinear, on logits,
+    so that thresholding comes last.
 
     Args:
         logits: maps over the square frame, at any resolution.
@@ -112,8 +129,9 @@ def masks_to_image(
     maps = logits.reshape(1, -1, rows, columns)
     if maps.shape[1] == 0:
         return logits.new_zeros((*lead, *frame.image_hw))
-    maps = F.interpolate(maps, (frame.side, frame.side), mode="bilinear", align_corners=False)
-    maps = maps[..., : frame.scaled_hw[0], : frame.scaled_hw[1]]
+    if not frame.stretched:
+        maps = F.interpolate(maps, (frame.side, frame.side), mode="bilinear", align_corners=False)
+        maps = maps[..., : frame.scaled_hw[0], : frame.scaled_hw[1]]
     maps = F.interpolate(maps, frame.image_hw, mode="bilinear", align_corners=False)
     return maps.reshape(*lead, *frame.image_hw)
 
@@ -208,6 +226,73 @@ def square_offsets(image_hw: tuple[int, int]) -> tuple[int, int]:
     return (side - image_hw[0]) // 2, (side - image_hw[1]) // 2
 
 
+def _seen(image_hw: tuple[int, int], fit: Fit) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows above and columns left of the image in what the policy sees, and its size, in px."""
+    if fit == "square":
+        return square_offsets(image_hw), (max(image_hw), max(image_hw))
+    if fit == "stretch":
+        return (0, 0), image_hw
+    raise ValueError(f"fit must be 'stretch' or 'square', got {fit!r}")
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What coordinates written in an answer refer to: a square of ``side`` px with the picture.
+
+    Source: Seg-Zero, whose pictures are stretched to 840 px a side. With ``fit="square"`` the
+    picture is centred on a square first and keeps its proportions (:func:`pad_to_square`).
+    Sizes of images are (height, width) in px.
+    """
+
+    side: int
+    fit: Fit = "stretch"
+
+    def points_to_canvas(
+        self, points: Shaped[np.ndarray, "*n 2"], image_hw: tuple[int, int]
+    ) -> Float[np.ndarray, "*n 2"]:
+        """Points (x, y) on the image, in px of the canvas, not rounded."""
+        return self._to_canvas(points, image_hw, 2)
+
+    def points_to_image(
+        self, points: Shaped[np.ndarray, "*n 2"], image_hw: tuple[int, int]
+    ) -> Float[np.ndarray, "*n 2"]:
+        """Points (x, y) on the canvas, in px of the image; points in the padding fall outside."""
+        return self._to_image(points, image_hw, 2)
+
+    def boxes_to_canvas(
+        self, boxes: Shaped[np.ndarray, "*n 4"], image_hw: tuple[int, int]
+    ) -> Float[np.ndarray, "*n 4"]:
+        """Boxes (x0, y0, x1, y1) on the image, in px of the canvas, not rounded."""
+        return self._to_canvas(boxes, image_hw, 4)
+
+    def boxes_to_image(
+        self, boxes: Shaped[np.ndarray, "*n 4"], image_hw: tuple[int, int]
+    ) -> Float[np.ndarray, "*n 4"]:
+        """Boxes (x0, y0, x1, y1) on the canvas, in px of the image and clipped to it."""
+        height, width = image_hw
+        return self._to_image(boxes, image_hw, 4).clip(0, (width, height) * 2)
+
+    def _placed(
+        self, image_hw: tuple[int, int]
+    ) -> tuple[npt.NDArray[np.float64], tuple[float, float]]:
+        """Columns and rows before the image, and canvas px per image px along x and y."""
+        _positive(image_hw, self.side)
+        (top, left), (rows, columns) = _seen(image_hw, self.fit)
+        return np.array([left, top]), (self.side / columns, self.side / rows)
+
+    def _to_canvas(
+        self, xy: npt.ArrayLike, image_hw: tuple[int, int], width: int
+    ) -> npt.NDArray[Any]:
+        before, (x, y) = self._placed(image_hw)
+        return _scaled(np.asarray(xy) + np.tile(before, width // 2), (x, y), width)
+
+    def _to_image(
+        self, xy: npt.ArrayLike, image_hw: tuple[int, int], width: int
+    ) -> npt.NDArray[Any]:
+        before, (x, y) = self._placed(image_hw)
+        return _scaled(xy, (1 / x, 1 / y), width) - np.tile(before, width // 2)
+
+
 def shrink(image: UInt8Array, longest: int) -> UInt8Array:
     """Scale an image down until no side is longer than ``longest`` px; smaller ones stay.
 
@@ -220,6 +305,11 @@ def shrink(image: UInt8Array, longest: int) -> UInt8Array:
     height, width = Frame.fit((image.shape[0], image.shape[1]), longest).scaled_hw
     scaled = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(scaled)
+
+
+def stretch(image: UInt8Array, side: int) -> UInt8Array:
+    """Scale an image (uint8, height × width × 3) to a square, giving up its proportions."""
+    return to_frame(image, Frame.stretch((image.shape[0], image.shape[1]), side))
 
 
 def pad_to_square(image: UInt8Array, fill: tuple[int, int, int]) -> UInt8Array:
@@ -244,7 +334,7 @@ def token_boxes(
     grid_hw: tuple[int, int],
     image_hw: tuple[int, int],
     *,
-    fit: Literal["stretch", "square"] = "stretch",
+    fit: Fit = "stretch",
 ) -> FloatArray:
     """Where on the image each of the policy's image tokens looks.
 
@@ -264,12 +354,7 @@ def token_boxes(
     (rows, columns), (height, width) = grid_hw, image_hw
     if min(rows, columns, height, width) < 1:
         raise ValueError(f"token grid {grid_hw} and image size {image_hw} must be at least 1")
-    if fit == "square":
-        (top, left), spans = square_offsets(image_hw), (max(image_hw), max(image_hw))
-    elif fit == "stretch":
-        (top, left), spans = (0, 0), (height, width)
-    else:
-        raise ValueError(f"fit must be 'stretch' or 'square', got {fit!r}")
+    (top, left), spans = _seen(image_hw, fit)
     ys = np.clip(np.linspace(0, spans[0], rows + 1) - top, 0, height)
     xs = np.clip(np.linspace(0, spans[1], columns + 1) - left, 0, width)
     y0, x0 = np.meshgrid(ys[:-1], xs[:-1], indexing="ij")

@@ -1,5 +1,7 @@
 """THE path: an image and an instruction become explained masks. Read this file first.
 
+This is SegCompass's own interface, `concept_slots`; the others (`interfaces/`) fill in fewer steps.
+
 image, instruction
   -> reasoning   Policy.generate        thought, K concentration tokens, states    Eq. 1
   -> concepts    SparseAutoencoder      (token, concept, activation)               Eq. 4
@@ -19,12 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segcompass.concepts.sparse_codes import select_rows, to_host
-from segcompass.geometry import Frame, padding_mask
-from segcompass.grounding.image_encoder import ImageEncoder
-from segcompass.interfaces.base import PATHS, Alignment
-from segcompass.interfaces.concept_slots import ConceptSlots
-from segcompass.interfaces.readout import read_out, to_numpy
+from segcompass.geometry import Frame
+from segcompass.grounding.image_encoder import FramedPictures
+from segcompass.interfaces.base import PATHS, Alignment, Interface
+from segcompass.interfaces.readout import read_out, read_tokens, to_numpy
 from segcompass.io.clock import Clock
 from segcompass.io.images import ImageSource, load_image
 from segcompass.reasoning.backbones import VisualInput
@@ -48,8 +48,8 @@ class SegCompass(nn.Module):
     def __init__(
         self,
         policy: Policy,
-        encoder: ImageEncoder,
-        interface: ConceptSlots,
+        encoder: FramedPictures,
+        interface: Interface,
         *,
         threshold: float = 0.5,
         name: str = "unnamed",
@@ -124,6 +124,7 @@ class SegCompass(nn.Module):
             force_form=force_format,
             max_new_tokens=max_new_tokens,
             on_text=on_text,
+            attention=self.interface.reads_attention,
         )
         clock.lap("reasoning")
 
@@ -131,24 +132,28 @@ class SegCompass(nn.Module):
         keys = self.encoder(pixels)
         clock.lap("image keys")
 
-        padding = padding_mask(frames, keys.shape[-1], keys.device)
-        gates = keys.new_tensor([PATHS[paths]])
         alignment = self.interface.align(
-            reasoning.states, keys, padding=padding, need_attention=True, gates=gates
+            reasoning.states,
+            keys,
+            frames=frames,
+            answers=reasoning.answers,
+            need_attention=True,
+            gates=torch.tensor([PATHS[paths]], device=self.policy.model.device),
         )
         clock.lap("concepts and slots")
 
-        low_res = self.interface.decode(keys, alignment.slots, frames=frames)
+        low_res = self.interface.decode(keys, alignment, frames=frames)
         clock.lap("masks")
 
         timings = {stage: seconds / len(pictures) for stage, seconds in clock.laps.items()}
-        return [
+        predictions = [
             self._prediction(
                 i, pictures[i], instructions[i], visuals[i], frames[i],
                 reasoning, alignment, low_res, cut, paths, timings,
             )
             for i in range(len(pictures))
         ]  # fmt: skip
+        return self.interface.conclude(predictions, keys, frames)
 
     def _prediction(
         self,
@@ -167,26 +172,25 @@ class SegCompass(nn.Module):
         """Everything about row ``i`` of the batch, on the host."""
         answer, states = reasoning.answers[i], reasoning.states
         real = states.token_kinds[i] != TokenKind.PADDING
-        rows = torch.zeros_like(states.token_kinds, dtype=torch.bool)
-        rows[i] = real
-        errors = alignment.sae_errors
-        assert alignment.slot_attention is not None
+        tokens, seen = states.concentration_states[i], reasoning.image_attention
+        looks = None if seen is None else seen[i].view(len(seen[i]), *visual.grid)
         return Prediction(
             **read_out(
                 alignment, low_res, i, frame=frame, status=answer.status, threshold=threshold
             ),
+            **read_tokens(alignment, states.token_kinds, i),
             instruction=instruction,
             text=reasoning.texts[i],
             reasoning=answer.thought,
             image_rgb=picture,
-            concentration_states=to_numpy(states.concentration_states[i]),
-            slot_attention=to_numpy(alignment.slot_attention[i][:, real]),
-            sae_errors=None if errors is None else to_numpy(errors[i][real]),
-            codes=to_host(select_rows(alignment.codes, rows.flatten())),
+            concentration_states=to_numpy(tokens) if len(tokens) else None,
             tokens=tuple(self.policy.token_texts(states.token_ids[i][real].tolist())),
             token_kinds=to_numpy(states.token_kinds[i][real]),
             token_boxes=visual.boxes,
             model=self.name,
             timings=timings,
             paths=paths,
+            interface=self.interface.name,
+            fingerprint=self.fingerprint,
+            image_attention=None if looks is None else to_numpy(looks),
         )

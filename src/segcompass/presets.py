@@ -263,7 +263,7 @@ def _shapes(use: PolicyConfig, parts: Parts) -> dict[str, tuple[int, ...]]:
     tokens = tap.final[0][:, -use.prompt.slots :]
     queries = interface.fusion(tokens, concepts.vectors)
     slots = interface.mapper(queries, keys)
-    masks = interface.decode(keys, slots)
+    masks = interface.decoder(keys, slots.heatmap_logits)
     found = {
         "SAE states (B L D)": tap.sae[0],
         "concept vectors (B K C)": concepts.vectors,

@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 if TYPE_CHECKING:  # data sets are read and written without torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Rle(TypedDict):
@@ -110,6 +112,45 @@ class ReasoningBatch(NamedTuple):
     well_formed: Bool[Tensor, "B"]
 
 
+class BoxPrompts(NamedTuple):
+    """What an answer says in numbers, one row per slot, in px of the image."""
+
+    boxes: np.ndarray  # float32 (K, 4), x0 y0 x1 y1; NaN in slots that the answer does not name
+    points: np.ndarray  # float32 (K, n, 2), x y; NaN where an object has fewer points
+
+
+class Candidates(NamedTuple):
+    """Masks that were weighed against each other before one of them became the answer."""
+
+    masks: np.ndarray  # bool (M, height, width)
+    scores: np.ndarray  # float32 (M,) in [0, 1], as the scorer rated them
+    sources: tuple[str, ...]  # where each one comes from: "direct, slot 1", with the rank there
+    thoughts: tuple[str, ...]  # why it was rated so
+    chosen: int | None  # index of the best; None where there was none
+
+
+class Score(NamedTuple):
+    """How well a marked region fits what was asked for, in a model's judgement."""
+
+    value: float  # in [0, 1]; 0 unless the judgement is well-formed
+    thought: str
+    status: Status
+
+
+def given(value: T | None, what: str) -> T:
+    """A field of a prediction that not every interface fills.
+
+    Raises:
+        ValueError: if this prediction has none.
+    """
+    if value is None:
+        raise ValueError(
+            f"this answer has no {what}: the interface that made it shows none; "
+            "use a model of the interface concept_slots"
+        )
+    return value
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Masks, and the whole way to them. All arrays are numpy, on the host.
@@ -117,6 +158,7 @@ class Prediction:
     The answer is in ``masks``, ``scores``, ``boxes`` and ``heatmaps``: the accepted slots alone.
     The fields beside them keep all K slots; ``accepted`` says which ones count. ``*_logits`` and
     ``head_scores`` lie on the segmenter's padded square frame, the rest on the image as displayed.
+    What an interface has nothing to show for is None (:func:`given`).
     """
 
     instruction: str
@@ -127,15 +169,15 @@ class Prediction:
     slot_masks: np.ndarray  # bool (K, height, width), one per slot
     slot_scores: np.ndarray  # float32 (K,), confidence in [0, 1]
     accepted: np.ndarray  # bool (K,), score above the threshold
-    slot_heatmaps: np.ndarray  # float32 (K, height, width) in [0, 1], resized to the image
-    heatmap_logits: np.ndarray  # float32 (K, h, w)
-    head_scores: np.ndarray  # float32 (K, H, h, w), Eq. 5
     low_res_logits: np.ndarray  # float32 (K, 4h, 4w), the decoder's output
-    concentration_states: np.ndarray  # float32 (K, D), Eq. 1
-    slot_queries: np.ndarray  # float32 (K, Q), Eq. 2
-    concept_vectors: np.ndarray  # float32 (K, C), Fig. 3
-    slot_attention: np.ndarray  # float32 (K, L), how much each slot reads from each token
-    codes: SparseCodes  # (token, concept, activation) of the L tokens
+    slot_heatmaps: np.ndarray | None  # float32 (K, height, width) in [0, 1], resized to the image
+    heatmap_logits: np.ndarray | None  # float32 (K, h, w)
+    head_scores: np.ndarray | None  # float32 (K, H, h, w), Eq. 5
+    concentration_states: np.ndarray | None  # float32 (K, D), Eq. 1
+    slot_queries: np.ndarray | None  # float32 (K, Q), Eq. 2
+    concept_vectors: np.ndarray | None  # float32 (K, C), Fig. 3
+    slot_attention: np.ndarray | None  # float32 (K, L), how much each slot reads from each token
+    codes: SparseCodes | None  # (token, concept, activation) of the L tokens
     tokens: tuple[str, ...]  # the L tokens of prompt and answer, as text
     token_kinds: np.ndarray  # int (L,), TokenKind
     token_boxes: np.ndarray  # float32 (n_image_tokens, 4), x0 y0 x1 y1 in px of the image
@@ -145,6 +187,12 @@ class Prediction:
     source: str | None = None  # file the image came from
     sae_errors: np.ndarray | None = None  # float32 (L,), ‖z - ẑ‖² / D; NaN where the SAE reads not
     paths: str = "both"  # what the slot queries are made of: tokens, concepts, or both
+    interface: str = "concept_slots"
+    fingerprint: str = ""  # of the model's weights
+    prompts: BoxPrompts | None = None  # boxes and points that the answer names
+    # float32 (K, rows, columns): what the concentration tokens look at, on the grid of image tokens
+    image_attention: np.ndarray | None = None
+    candidates: Candidates | None = None  # what the answer was chosen from
 
     @property
     def masks(self) -> np.ndarray:
@@ -157,9 +205,9 @@ class Prediction:
         return np.asarray(self.slot_scores[self.accepted])
 
     @property
-    def heatmaps(self) -> np.ndarray:
+    def heatmaps(self) -> np.ndarray | None:
         """float32 (n, height, width) in [0, 1]: where their slots looked."""
-        return np.asarray(self.slot_heatmaps[self.accepted])
+        return None if self.slot_heatmaps is None else np.asarray(self.slot_heatmaps[self.accepted])
 
     @property
     def boxes(self) -> np.ndarray:
@@ -169,10 +217,12 @@ class Prediction:
         return boxes(self.masks)
 
     @property
-    def concepts(self) -> list[dict[int, float]]:
+    def concepts(self) -> list[dict[int, float]] | None:
         """For each mask that counts: how much its slot reads from its strongest concepts."""
-        from segcompass.io.outputs import slot_concepts
+        from segcompass.io.readings import slot_concepts
 
+        if self.codes is None:
+            return None
         read = slot_concepts(self)
         return [{c.concept: c.weight for c in read[k]} for k in np.flatnonzero(self.accepted)]
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segcompass.apps.report_words import Words, align_words, locate
-from segcompass.io.outputs import ConceptWeight, TokenActivation
+from segcompass.io.readings import ConceptWeight, TokenActivation
 from segcompass.types import TokenKind
 
 TEXTS = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=50)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import make_prediction, malformed
+from factories import INTERFACES, make_prediction, malformed
 from PIL import Image
 
 from segcompass.apps import web_frames as frames
@@ -199,6 +199,20 @@ def test_untraced_answers_list_what_was_read() -> None:
     expected = sum(float(codes.values[i]) * float(attention[codes.rows[i]]) for i in own)
     assert best.weight == pytest.approx(expected, rel=1e-5)
     assert best.share == 1
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_every_interface_has_its_answer_and_its_files(desk: Desk, interface: str) -> None:
+    made = make_prediction(interface=interface)
+    page = page_of(frames.answer_frame(made))
+    own = interface == "concept_slots"  # the only one whose head can be run again
+    assert ('class="workbench"' in page) == ('class="rerun"' in page) == own
+    if not own:
+        assert desk.trace(made) == []
+    assert ('class="candidates"' in page) == (interface == "candidate_rerank")
+    names = {path.name for path in desk.keep(made).files}
+    assert {"report.html", "coco.json"} <= names
+    assert frames.verdict(made) == "Found 2 masks in 1.5 s."
 
 
 @pytest.mark.parametrize("make", [make_prediction, malformed])

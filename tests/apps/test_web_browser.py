@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,45 +27,30 @@ SIZES = {"desktop": (1280, 2200), "phone": (390, 3600)}
 
 
 @pytest.fixture(scope="module")
-def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page, around a tiny model of which every slot counts."""
-    model = SegCompass.from_pretrained(tiny_model, device="cpu")
-    model.threshold = 0.0
+def model(tiny_model: Path) -> SegCompass:
+    """A tiny model of which every slot counts."""
+    loaded = SegCompass.from_pretrained(tiny_model, device="cpu")
+    loaded.threshold = 0.0
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def url(model: SegCompass, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page."""
     page = serve(Desk(model, tmp_path_factory.mktemp("desk")), upload_mb=1, block=False)
     yield page.local_url
     page.close()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.Browser]:
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    assert path, "this test needs Chromium: apt-get install chromium"
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.fixture(params=SIZES)
 def page(
-    request: pytest.FixtureRequest, browser: playwright.Browser, url: str, tmp_path: Path
+    request: pytest.FixtureRequest, open_page: Callable[..., Any], url: str, tmp_path: Path
 ) -> Iterator[playwright.Page]:
     """The page at one width; an error in it or a request to elsewhere fails the test."""
-    width, height = SIZES[request.param]
-    opened = browser.new_page(
-        viewport={"width": width, "height": height}, reduced_motion="reduce", accept_downloads=True
-    )
-    wrong: list[str] = []
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
-    own = (url, "data:", "blob:", "about:")
-    opened.on("request", lambda sent: sent.url.startswith(own) or wrong.append(sent.url))
-    opened.goto(url)
-    opened.get_by_role("button", name="Find it").wait_for(timeout=WAIT)
-    yield opened
-    opened.screenshot(path=tmp_path / "last.png")
-    opened.close()
-    assert not wrong
+    with open_page(url, SIZES[request.param]) as opened:
+        opened.get_by_role("button", name="Find it").wait_for(timeout=WAIT)
+        yield opened
+        opened.screenshot(path=tmp_path / "last.png")
 
 
 def ask(page: playwright.Page) -> playwright.FrameLocator:
@@ -151,6 +139,31 @@ def test_an_example_is_taken_and_mistakes_are_told(page: playwright.Page, tmp_pa
     box.fill("the mug")
     page.get_by_role("button", name="Find it").click()
     page.get_by_text("is PDF, which is not read").wait_for(timeout=WAIT)
+
+
+def test_stop_ends_the_work_behind_the_page(
+    page: playwright.Page, model: SegCompass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def think_for_ever(*_: Any, on_text: Callable[[list[str]], None], **__: Any) -> None:
+        try:
+            for number in count():
+                on_text([f"<think>I see {number} things"])
+                time.sleep(0.05)
+        finally:
+            ended.set()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "predict", think_for_ever)
+        page.get_by_role("button", name="Find it").click()
+        page.get_by_text("I see").wait_for(timeout=WAIT)
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("Stopped.").wait_for(timeout=WAIT)
+        assert ended.wait(WAIT / 1000)
+    page.wait_for_timeout(500)
+    assert not page.get_by_text("I see").count()  # nothing that came late took its place
+    ask(page)  # and the next question is answered
 
 
 def test_the_server_hands_out_nothing_else(url: str, tiny_model: Path, tmp_path: Path) -> None:

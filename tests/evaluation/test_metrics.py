@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,7 @@ def test_precision_over_instances_by_hand() -> None:
         scored(targets=0, confidences=(0.85,), detections=(0,)),
         scored(targets=1),
     ]
+    scores = [replace(score, sample_id=str(i)) for i, score in enumerate(scores)]
     result = Metrics(scores).result(resamples=300)
     assert (result["ap50"], result["ap75"]) == pytest.approx((0.5, 34 / 101))
     assert result["ap"] == pytest.approx((3 * 0.5 + 7 * 34 / 101) / 10)
@@ -224,3 +226,18 @@ def pixels(instances: Iterable[np.ndarray], ignore: np.ndarray | None) -> set[tu
 
 def share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
+
+
+def test_a_sample_is_drawn_with_all_its_scores() -> None:
+    """Three seeds that agree tell no more about other samples than one."""
+    rng = np.random.default_rng(4)
+    ious = rng.random(12)
+    once = [
+        PairScore(f"s{i}", int(100 * v), 100, float(v), i % 3 > 0, True) for i, v in enumerate(ious)
+    ]
+    one, three = Metrics(once).result(), Metrics([*once, *once, *once]).result()
+    for name in ("giou", "ciou", "n_acc", "t_acc"):
+        assert three["intervals"][name] == pytest.approx(one["intervals"][name])
+    apart = [replace(s, sample_id=f"{s.sample_id}-{seed}") for seed in range(3) for s in once]
+    low, high = Metrics(apart).result()["intervals"]["giou"]
+    assert high - low < 0.8 * (one["intervals"]["giou"][1] - one["intervals"]["giou"][0])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from segcompass.evaluation.published import PUBLISHED
-from segcompass.evaluation.tables import markdown, shown, table
+from segcompass.evaluation.tables import as_csv, markdown, shown, table
 from segcompass.io.errors import DataError
 
 FIGURES: dict[str, Any] = {
@@ -98,3 +98,8 @@ def test_a_folder_without_figures_is_named(text: str | None, tmp_path: Path) -> 
         (tmp_path / "metrics.json").write_text(text)
     with pytest.raises(DataError, match=r"metrics\.json"):
         table([tmp_path])
+
+
+def test_csv_leaves_what_is_none_empty() -> None:
+    rows = [{"name": 'a "b", c', "giou": 0.5}, {"name": "d", "giou": None}]
+    assert as_csv(rows) == 'name,giou\n"a ""b"", c",0.5\nd,\n'

@@ -20,6 +20,7 @@ from segcompass.explain.integrated_gradients import (
 )
 from segcompass.explain.replay import HeadInputs, head_inputs
 from segcompass.geometry import Frame
+from segcompass.interfaces.base import Alignment
 from segcompass.pipeline import SegCompass
 from segcompass.types import Prediction, Slots
 
@@ -61,14 +62,16 @@ class Quadratic:
         del tokens, gates
         return vectors
 
-    def mapper(self, queries: Tensor, keys: Tensor, padding: Tensor) -> Slots:
-        del padding
+    def ground(self, queries: Tensor, keys: Tensor, frames: Any) -> Alignment:
+        del frames
         heat = queries[..., 1, None, None].expand(-1, -1, *keys.shape[-2:])
-        return Slots(heat[:, :, None], heat, queries[..., 0])
+        slots = Slots(heat[:, :, None], heat, queries[..., 0])
+        return Alignment(slots.confidence_logits, slots)
 
-    def decode(self, keys: Tensor, slots: Slots, *, frames: Any, select: Any) -> Tensor:
+    def decode(self, keys: Tensor, alignment: Alignment, *, frames: Any, select: Any) -> Tensor:
         del keys, frames
-        return slots.heatmap_logits[select].repeat(1, 4, 4)
+        assert alignment.slots is not None
+        return alignment.slots.heatmap_logits[select].repeat(1, 4, 4)
 
 
 def test_by_hand() -> None:
@@ -77,7 +80,6 @@ def test_by_hand() -> None:
         readable=torch.ones(1, 2, dtype=torch.bool),
         tokens=torch.zeros(1, 1, 2),
         keys=torch.zeros(1, 1, 1, 1),
-        padding=torch.zeros(1, 1, 1, dtype=torch.bool),
         gates=torch.ones(1, 2),
         frame=Frame.fit((4, 4), 4),
     )
@@ -111,9 +113,9 @@ def test_against_a_fine_sum_over_the_activations(model: SegCompass, prediction: 
         values = (inputs.codes.values * (start + end) / 2).requires_grad_()
         alignment = model.interface.align_codes(
             inputs.codes._replace(values=values), inputs.readable, inputs.tokens, inputs.keys,
-            padding=inputs.padding, gates=inputs.gates,
+            frames=[inputs.frame], gates=inputs.gates,
         )  # fmt: skip
-        logit = alignment.slots.confidence_logits[0, 1]
+        logit = alignment.confidence_logits[0, 1]
         (gradient,) = torch.autograd.grad(logit, values)
         total += (end - start) * gradient * inputs.codes.values
     (confidence,), _ = integrated_gradients(model.interface, inputs, [1])

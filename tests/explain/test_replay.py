@@ -109,6 +109,10 @@ def test_predictions_that_cannot_be_replayed(model: SegCompass, live: Prediction
     foreign = dataclasses.replace(live, codes=live.codes._replace(n_columns=7))
     with pytest.raises(ValueError, match="7 concepts"):
         head_inputs(model, foreign)
+    twin = dataclasses.replace(live, fingerprint="of another model of equal sizes")
+    with pytest.raises(ValueError, match="of another model of equal sizes"):
+        head_inputs(model, twin)
+    head_inputs(model, dataclasses.replace(live, fingerprint=""))  # saved before there was one
 
 
 def test_nothing_stays_behind(model: SegCompass, live: Prediction) -> None:

@@ -123,12 +123,15 @@ def test_the_best_of_three_is_the_one_sam_rates_best(
     sam: SamModel, decoder: MaskDecoder, keys: Tensor
 ) -> None:
     points = torch.tensor([[[5.0, 9.0]], [[30.0, 40.0]]])
-    decoded = decoder.decode_prompts(keys, torch.arange(B), points=points, best_of_three=True)
+    decoded, scores = decoder.rated_prompts(
+        keys, torch.arange(B), points=points, best_of_three=True
+    )
     with torch.no_grad():
         output = sam(image_embeddings=keys, input_points=points[:, None])
     for b in range(B):
         best = int(output.iou_scores[b, 0].argmax())
         torch.testing.assert_close(decoded[b], output.pred_masks[b, 0, best], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scores[b], output.iou_scores[b, 0].max(), rtol=1e-4, atol=1e-4)
 
 
 def test_selected_slots_equal_the_rows_of_a_full_decode(

@@ -8,6 +8,7 @@ from tiny import LATENTS, WIDTH, tiny_head, tiny_sae, tiny_sam
 from torch import Tensor
 
 from segcompass.concepts.sparse_codes import to_dense
+from segcompass.geometry import Frame
 from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.interfaces.base import PATHS
 from segcompass.interfaces.concept_slots import ConceptSlots, Fusion
@@ -48,6 +49,9 @@ def reasoning(seed: int = 0) -> ReasoningBatch:
         torch.randn(B, K, WIDTH, generator=draw),
         torch.ones(B, dtype=torch.bool),
     )
+
+
+FRAMES = [Frame.fit((64, 64), 64)] * B
 
 
 def keys() -> Tensor:
@@ -110,26 +114,28 @@ def test_slots_follow_the_path_that_is_left(interface: ConceptSlots) -> None:
     for name, same in crossed.items():
         other = crossed["concepts" if name == "tokens" else "tokens"]
         gates = torch.tensor([PATHS[name]])
-        cut = interface.align(states, keys(), gates=gates)
-        again = interface.align(same, keys(), gates=gates)
+        cut = interface.align(states, keys(), frames=FRAMES, gates=gates)
+        again = interface.align(same, keys(), frames=FRAMES, gates=gates)
         assert torch.equal(again.queries, cut.queries)
         for part, expected in zip(again.slots, cut.slots, strict=True):
             assert torch.equal(part, expected)
-        moved = interface.align(other, keys(), gates=gates)
+        moved = interface.align(other, keys(), frames=FRAMES, gates=gates)
         assert (moved.queries - cut.queries).abs().amax((1, 2)).min() > 1e-3
 
 
 def test_concepts_are_shown_even_where_they_are_cut_off(interface: ConceptSlots) -> None:
-    whole, cut = (interface.align(reasoning(), keys(), gates=g) for g in (None, TOKENS))
+    whole, cut = (
+        interface.align(reasoning(), keys(), frames=FRAMES, gates=g) for g in (None, TOKENS)
+    )
     assert torch.equal(whole.concept_vectors, cut.concept_vectors)
     assert torch.equal(whole.codes.values, cut.codes.values)
-    both = interface.align(reasoning(), keys(), gates=BOTH)
+    both = interface.align(reasoning(), keys(), frames=FRAMES, gates=BOTH)
     assert torch.equal(both.queries, whole.queries)
 
 
 def test_the_sae_reads_prompt_and_thought_and_nothing_else(interface: ConceptSlots) -> None:
     states = reasoning()
-    codes = interface.align(states, keys()).codes
+    codes = interface.align(states, keys(), frames=FRAMES).codes
     dense = to_dense(codes).view(B, L, LATENTS)
     expected = interface.sae.encode(states.sae_states)
     hidden = (states.token_kinds == TokenKind.PADDING) | (
@@ -138,8 +144,10 @@ def test_the_sae_reads_prompt_and_thought_and_nothing_else(interface: ConceptSlo
     assert not dense[hidden].any()
     torch.testing.assert_close(dense[~hidden], expected[~hidden])
     noise = torch.where(hidden[..., None], 100.0, states.sae_states)
-    again = interface.align(states._replace(sae_states=noise), keys())
-    torch.testing.assert_close(again.queries, interface.align(states, keys()).queries)
+    again = interface.align(states._replace(sae_states=noise), keys(), frames=FRAMES)
+    torch.testing.assert_close(
+        again.queries, interface.align(states, keys(), frames=FRAMES).queries
+    )
 
 
 def test_an_sae_of_another_width_is_refused() -> None:

@@ -1,78 +1,29 @@
-"""Outputs: the JSON schema, COCO results, files on disk, and the readings of the concepts."""
+"""Outputs: the JSON schema, COCO results and files on disk."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from factories import INSTRUCTION, make_prediction, malformed, no_target
+from factories import DISCS, INSTRUCTION, INTERFACES, make_prediction, malformed, no_target
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
 from segcompass.io import masks, outputs
-from segcompass.types import Prediction, SparseCodes, TokenKind
+from segcompass.types import Prediction
 
 
-def tiny_codes() -> Prediction:
-    """Three tokens (image, instruction, thought), three concepts, two slots, worked by hand."""
-    full = make_prediction()
-    return replace(
-        full,
-        tokens=("<image>", "red", " mug"),
-        token_kinds=np.array([TokenKind.IMAGE, TokenKind.INSTRUCTION, TokenKind.THOUGHT]),
-        token_boxes=np.array([[0, 0, 256, 256]], dtype=np.float32),
-        codes=SparseCodes(
-            torch.tensor([0, 1, 1, 2]),
-            torch.tensor([0, 0, 2, 1]),
-            torch.tensor([1.0, 2.0, 0.5, 4.0], dtype=torch.bfloat16),
-            n_rows=3,
-            n_columns=3,
-        ),
-        slot_attention=np.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=np.float32),
-        slot_scores=full.slot_scores[:2],
-        accepted=full.accepted[:2],
-        slot_masks=full.slot_masks[:2],
-    )
-
-
-def test_slot_concepts_are_activations_weighted_by_attention() -> None:
-    # slot 0: concept 0 = .5·1 + .5·2 = 1.5, concept 2 = .5·.5 = .25; slot 1: concept 1 = 1·4
-    assert outputs.slot_concepts(tiny_codes()) == [((0, 1.5), (2, 0.25)), ((1, 4.0),)]
-    assert outputs.slot_concepts(tiny_codes(), top=1) == [((0, 1.5),), ((1, 4.0),)]
-
-
-def test_word_activations_cover_the_text_tokens_only() -> None:
-    red, mug = outputs.word_activations(tiny_codes())
-    assert (red.text, red.kind, red.total) == ("red", TokenKind.INSTRUCTION, 2.5)
-    assert red.concepts == ((0, 2.0), (2, 0.5))
-    assert (mug.position, mug.concepts) == (2, ((1, 4.0),))
-
-
-def test_token_heat_is_the_weighted_mean_of_the_slots_concepts() -> None:
-    heat = outputs.token_heat(tiny_codes())
-    np.testing.assert_allclose(heat, [[1.5 / 1.75], [0.0]], rtol=1e-6)
-
-
-def test_readings_agree_with_the_dense_formulation() -> None:
-    prediction = make_prediction()
-    dense = np.zeros((len(prediction.tokens), prediction.codes.n_columns), dtype=np.float32)
-    dense[prediction.codes.rows, prediction.codes.columns] = prediction.codes.values
-    weights = prediction.slot_attention @ dense
-    for row, concepts in zip(weights, outputs.slot_concepts(prediction, top=5), strict=True):
-        assert [c.concept for c in concepts] == np.argsort(-row, kind="stable")[:5].tolist()
-        np.testing.assert_allclose([c.weight for c in concepts], np.sort(row)[::-1][:5], rtol=1e-5)
-
-
-def test_codes_of_another_pass_are_refused() -> None:
-    prediction = make_prediction()
-    with pytest.raises(ValueError, match="same pass"):
-        outputs.code_matrix(replace(prediction, tokens=prediction.tokens[1:]))
+def documented(record: dict[str, Any]) -> bool:
+    """Whether docs/outputs.md names every field."""
+    text = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
+    return all(f"`{name}`" in text for name in record)
 
 
 def test_json_has_the_documented_fields() -> None:
@@ -86,9 +37,7 @@ def test_json_has_the_documented_fields() -> None:
     assert slot["box"] == [44, 40, 133, 129]  # disc of radius 44 around (88, 84)
     assert slot["concepts"][0].keys() == {"concept", "weight"}
     assert record["slots"][1]["box"] is None
-    documented = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
-    for name in (*record, *slot):
-        assert f"`{name}`" in documented
+    assert documented(record) and documented(slot)
 
 
 def test_json_masks_decode_to_the_masks() -> None:
@@ -100,6 +49,44 @@ def test_json_masks_decode_to_the_masks() -> None:
         assert slot["area"] == prediction.slot_masks[slot["index"]].sum()
 
 
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_json_says_what_the_interface_shows_and_no_more(interface: str) -> None:
+    record = json.loads(
+        outputs.dump_json(outputs.to_json(make_prediction(interface=interface, fingerprint="f00")))
+    )
+    assert (record["interface"], record["fingerprint"]) == (interface, "f00")
+    concepts = interface in ("concept_slots", "candidate_rerank")
+    assert ("active_concepts" in record) == concepts
+    assert ("candidates" in record) == (interface == "candidate_rerank")
+    for slot in record["slots"]:
+        assert ("concepts" in slot) == concepts
+        assert ("prompt" in slot) == (interface == "text_readout")
+        assert documented(slot)
+    assert documented(record)
+
+
+def test_json_has_boxes_and_points_as_the_answer_names_them() -> None:
+    slots = outputs.to_json(make_prediction(interface="text_readout"))["slots"]
+    (x, y), radius, _ = DISCS[0]
+    corners = [x - radius - 2.5, y - radius, x + radius, y + radius + 3.2]
+    assert slots[0]["prompt"]["box"] == pytest.approx(corners)
+    np.testing.assert_allclose(slots[0]["prompt"]["points"], [(91.3, 80.0), (70.0, 88.5)])
+    assert slots[2]["prompt"]["box"] and slots[2]["prompt"]["points"] == []
+    assert slots[1]["prompt"] is None
+
+
+def test_json_has_all_candidates_and_marks_the_chosen_one() -> None:
+    prediction = make_prediction(interface="candidate_rerank")
+    candidates = outputs.to_json(prediction)["candidates"]
+    assert [one["chosen"] for one in candidates] == [False, True, False, False]
+    assert candidates[1]["source"] == "direct" and candidates[1]["score"] == pytest.approx(0.9)
+    assert candidates[1]["thought"] == "The mask shows both mugs and nothing else."
+    np.testing.assert_array_equal(
+        masks.decode(candidates[1]["mask"]), prediction.slot_masks[[0, 2]].any(axis=0)
+    )
+    assert all(documented(one) for one in candidates)
+
+
 @pytest.mark.parametrize("make", [no_target, malformed])
 def test_json_of_answers_without_masks(make: object) -> None:
     record = outputs.to_json(make())  # type: ignore[operator]
@@ -109,7 +96,9 @@ def test_json_of_answers_without_masks(make: object) -> None:
 
 @given(st.text(alphabet=st.characters(), max_size=40))
 def test_any_text_becomes_one_line_of_valid_utf8(text: str) -> None:
-    prediction = replace(tiny_codes(), instruction=text, source=text, reasoning=text)
+    prediction = make_prediction(
+        interface="latent_query", instruction=text, source=text, reasoning=text
+    )
     line = outputs.dump_json(outputs.to_json(prediction))
     assert "\n" not in line
     loaded = json.loads(line.encode("utf-8"))
@@ -153,6 +142,23 @@ def test_saved_files_hold_what_was_predicted(tmp_path: Path) -> None:
         np.testing.assert_array_equal(arrays["head_scores"], prediction.head_scores)
         np.testing.assert_array_equal(arrays["low_res_logits"], prediction.low_res_logits)
         np.testing.assert_array_equal(arrays["code_values"], prediction.codes.values)
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+@pytest.mark.parametrize("make", [make_prediction, malformed])
+def test_every_interface_is_saved_with_what_it_has(
+    tmp_path: Path, interface: str, make: Callable[..., Prediction]
+) -> None:
+    prediction = make(interface=interface)
+    paths = outputs.save(prediction, tmp_path)
+    with np.load(paths["arrays"], allow_pickle=False) as arrays:
+        names = set(arrays.files)
+        assert documented(dict(arrays))
+    assert {"low_res_logits", "scores", "accepted", "image", "tokens"} <= names
+    assert ("heatmaps" in names) == (prediction.slot_heatmaps is not None)
+    assert ("code_rows" in names) == (prediction.codes is not None)
+    assert ("concentration_states" in names) == (interface != "text_readout")
+    assert ("image_attention" in names) == (interface == "candidate_rerank")
 
 
 def test_saving_again_leaves_no_stale_mask_and_no_part_file(tmp_path: Path) -> None:
@@ -214,3 +220,15 @@ def test_the_overlay_changes_accepted_masks_only() -> None:
     union = prediction.slot_masks[prediction.accepted].any(axis=0)
     assert not changed[~union].any()
     assert changed[union].mean() > 0.95
+
+
+def test_the_overlay_shows_boxes_and_points_of_what_counts() -> None:
+    prediction = make_prediction(interface="text_readout", accepted=np.arange(6) == 0)
+    drawn = outputs.overlay(prediction)
+    changed = (drawn != prediction.image_rgb).any(axis=-1)
+    (x, y), radius, _ = DISCS[0]
+    assert changed[y, x - radius - 2] and changed[y + radius + 3, x]  # sides of the box
+    assert not changed[172 - 28, 180]  # the other disc does not count
+    assert tuple(drawn[80, 91]) == outputs.slot_colour(0)  # the point
+    union = prediction.slot_masks[0]
+    assert not (changed & ~union)[y + radius + 8 :].any()

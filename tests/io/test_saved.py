@@ -4,35 +4,67 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from factories import make_prediction
+from factories import INTERFACES, make_prediction, malformed
 
 from segcompass.io.errors import DataError
 from segcompass.io.outputs import save
 from segcompass.io.saved import load_prediction
-from segcompass.types import Prediction
+from segcompass.types import BoxPrompts, Candidates, Prediction, SparseCodes
 
 
-@pytest.mark.parametrize("errors", [None, np.array([0.25, np.nan], dtype=np.float32)])
-def test_a_prediction_comes_back(tmp_path: Path, errors: np.ndarray | None) -> None:
-    saved = make_prediction(paths="concepts", sae_errors=errors)
+def assert_same(field: str, before: Any, after: Any) -> None:
+    """What was saved and what was read, of whatever kind."""
+    if field == "slot_heatmaps" and before is not None:
+        np.testing.assert_allclose(after, before, atol=5e-4)  # half precision
+    elif isinstance(before, torch.Tensor):
+        assert torch.equal(after, before), field
+    elif isinstance(before, np.ndarray):
+        np.testing.assert_array_equal(after, before, err_msg=field)
+        assert after.dtype.kind == before.dtype.kind, field
+    elif isinstance(before, SparseCodes | BoxPrompts | Candidates):
+        assert type(after) is type(before)
+        for name, one, other in zip(before._fields, before, after, strict=True):
+            assert_same(f"{field}.{name}", one, other)
+    else:
+        assert after == before, field
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+@pytest.mark.parametrize("make", [make_prediction, malformed])
+def test_a_prediction_comes_back(
+    tmp_path: Path, interface: str, make: Callable[..., Prediction]
+) -> None:
+    saved = dataclasses.replace(
+        make(interface=interface),
+        paths="concepts",
+        fingerprint="f00",
+        sae_errors=np.array([0.25, np.nan], dtype=np.float32) if make is malformed else None,
+    )
     back = load_prediction(save(saved, tmp_path)["json"])
     for field in dataclasses.fields(Prediction):
-        before, after = getattr(saved, field.name), getattr(back, field.name)
-        if field.name == "slot_heatmaps":
-            np.testing.assert_allclose(after, before, atol=5e-4)  # half precision
-        elif field.name == "codes":
-            assert (after.n_rows, after.n_columns) == (before.n_rows, before.n_columns)
-            assert all(torch.equal(a, b) for a, b in zip(after[:3], before[:3], strict=True))
-        elif isinstance(before, np.ndarray):
-            np.testing.assert_array_equal(after, before, err_msg=field.name)
-            assert after.dtype.kind == before.dtype.kind, field.name
-        else:
-            assert after == before, field.name
+        assert_same(field.name, getattr(saved, field.name), getattr(back, field.name))
+
+
+def test_an_answer_for_which_there_was_no_candidate_comes_back(tmp_path: Path) -> None:
+    none = Candidates(np.zeros((0, 256, 256), dtype=bool), np.zeros(0, np.float32), (), (), None)
+    saved = make_prediction(interface="candidate_rerank", candidates=none)
+    assert_same("candidates", none, load_prediction(save(saved, tmp_path)["json"]).candidates)
+
+
+def test_files_from_before_there_were_interfaces(tmp_path: Path) -> None:
+    path = save(make_prediction(fingerprint="f00"), tmp_path)["json"]
+    record = json.loads(path.read_text())
+    del record["interface"], record["fingerprint"]
+    path.write_text(json.dumps(record))
+    back = load_prediction(path)
+    assert (back.interface, back.fingerprint) == ("concept_slots", "")
 
 
 def test_files_that_are_missing(tmp_path: Path) -> None:

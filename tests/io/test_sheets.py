@@ -6,12 +6,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from factories import DISCS, SIZE, make_prediction, malformed, no_target
+from factories import DISCS, INTERFACES, SIZE, make_prediction, malformed, no_target
 from hypothesis import given
 from hypothesis import strategies as st
 
 from segcompass.io.outputs import slot_colour
-from segcompass.io.sheets import BAD, GOOD, HEAT, PAPER, TILE, Entry, font_for, plain, sheet, wrap
+from segcompass.io.sheets import (
+    BAD,
+    GAP,
+    GOOD,
+    PAPER,
+    SMALL_TILE,
+    TILE,
+    Entry,
+    font_for,
+    plain,
+    sheet,
+    wrap,
+)
 
 
 def wanted(count: int = 2) -> np.ndarray:
@@ -54,9 +66,19 @@ def test_every_slot_has_its_heatmap_and_those_that_count_a_frame() -> None:
     prediction = make_prediction()
     page = np.asarray(sheet([Entry(prediction, wanted())], "step 200"))
     areas = {k: int((page == slot_colour(k)).all(-1).sum()) for k in range(6)}
-    frame = 4 * 3 * HEAT  # px: four sides, three wide
+    frame = 4 * 3 * SMALL_TILE  # px: four sides, three wide
     assert all((area > frame) == prediction.accepted[k] for k, area in areas.items())
     assert all(areas.values())  # the small square by the confidence
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_every_interface_has_a_card_of_what_it_shows(interface: str) -> None:
+    """Two small tiles a column: six heatmaps, four candidates, or none at all."""
+    bare = sheet([Entry(make_prediction(interface="latent_query"))], "x").width
+    page = sheet([Entry(make_prediction(interface=interface))], "x")
+    columns = {"concept_slots": 3, "concentration_token": 3, "candidate_rerank": 5}
+    assert page.width == bare + columns.get(interface, 0) * (SMALL_TILE + GAP)
+    assert sheet([Entry(malformed(interface=interface))], "x").height > TILE
 
 
 def test_long_pictures_keep_their_proportions() -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from segcompass.io.errors import ConfigError
 from segcompass.learning.config import RunConfig, load_config
+from segcompass.learning.stages import JointStage
 
 SMALLEST = """
 run: runs/x
@@ -156,3 +157,16 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"run: \xff")
     with pytest.raises(ConfigError, match=r"latin\.yaml is no valid YAML"):
         load_config(tmp_path / "latin.yaml")
+
+
+def test_weights_of_masks_have_a_second_phase() -> None:
+    """CoPRS: (dice, focal) from (0.8, 0) to (2, 5); what is not named stays."""
+    stage = JointStage.model_validate(
+        {
+            **{"steps": 9, "learning_rate": 1e-3, "seg_weight": 0.5, "conf_weight": 0.3},
+            **{"dice_weight": 0.8, "heatmap_dice_weight": 0.8, "late": {"from_step": 4}},
+        }
+    )
+    names = ("heatmap_bce", "dice", "heatmap_dice", "focal", "confidence")
+    assert [stage.weights(3)[n] for n in names] == [0.5, 0.4, 0.4, 0.0, 0.3]
+    assert [stage.weights(4)[n] for n in names] == [0.5, 1.0, 1.0, 2.5, 0.3]

@@ -28,7 +28,8 @@ from largest import Largest
 from tiny import WIDTH
 from torch import Tensor, nn
 
-from segcompass.geometry import Frame, padding_mask
+from segcompass.geometry import Frame
+from segcompass.learning import teachers
 from segcompass.learning import train_joint as module
 from segcompass.learning.corpus import target_grid
 from segcompass.learning.rewards import RewardConfig, mask_score
@@ -72,7 +73,7 @@ def test_one_rollout_one_pass_with_gradient_one_of_the_reference(
             return forward(self, sequences, *rest)
 
         patch.setattr(Policy, "forward", counted)
-        values = step(0)
+        (values,) = step(0)
         values["loss"].backward()  # type: ignore[no-untyped-call]
     assert len(calls) == 1  # one generation
     length = batches[0].ids.shape[1]
@@ -123,7 +124,7 @@ def test_malformed_answers_earn_and_teach_nothing(joint: Callable[..., JointStep
     step = joint()
     rollouts, questions, _, _ = answered(step, HALF_WHOLE)
     assert rollouts.well_formed.tolist() == [True, False, True, False]
-    rewards = step.rewards(rollouts, questions)
+    rewards = step.teacher.rewards(rollouts, questions)
     assert not any(values[~rollouts.well_formed].any() for values in rewards.values())
     assert rewards["reward_format"][rollouts.well_formed].tolist() == [1, 1]
     values = take(step, 0, HALF_WHOLE)
@@ -156,20 +157,21 @@ def test_masks_cost_what_they_cost_without_the_malformed(joint: Callable[..., Jo
     rollouts, questions, states, _ = answered(step, HALF_WHOLE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "sample_answers", lambda *_, **__: rollouts)
-        terms, _ = step.from_rollouts(questions.take([0, 2]))
+        (answers,), figures = step.written(questions.take([0, 2]), forced=False)
+        terms, _ = step.terms(answers)
     alone = ReasoningBatch(*(part[[0, 2]] for part in states))
-    expected = step.segmentation(alone, questions.take([0, 2]))
+    expected = step.teacher.supervise(alone, questions.take([0, 2]))
     assert terms["confidence"].numel() == 2 * step.policy.slots
     for name in ("confidence", *MASKS):
         torch.testing.assert_close(terms[name], expected[name])
-    assert terms["policy"].shape == terms["reward"].shape == (4,)
+    assert terms["policy"].shape == figures["reward"].shape == (4,)
 
 
 def test_a_batch_without_any_whole_answer_still_trains(
     joint: Callable[..., JointStep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     earned = iter([0.0, 1.0, 1.0, 0.0] * 2)
-    monkeypatch.setattr(module, "format_score", lambda *_: next(earned))
+    monkeypatch.setattr(teachers, "format_score", lambda *_: next(earned))
     step = joint()
     values = step_and_backward(step, 0, (None,))
     assert values["well_formed"].item() == 0 and "dice" not in values
@@ -196,19 +198,18 @@ def test_rewards_are_those_of_each_answer_alone(
         )
     assert rollouts.well_formed.all() and len(chosen) > 1
     sharpen(step)
-    found = step.rewards(rollouts, questions)
-    interface, side, scores = step.interface, step.encoder.side, []
+    found = step.teacher.rewards(rollouts, questions)
+    interface, side, scores = step.interface, step.teacher.side, []
     for row, sample in enumerate(questions.samples):
         states = ReasoningBatch(*(part[row : row + 1] for part in rollouts.states))
         keys, frame = questions.keys[row : row + 1], Frame.fit(sample.image_hw, side)
-        padding = padding_mask([frame], keys.shape[-1], keys.device)
-        slots = interface.align(states, keys, padding=padding).slots
-        masks = interface.decode(keys, slots, frames=[frame])[0]
-        sure = slots.confidence_logits[0].sigmoid() > threshold
+        alignment = interface.align(states, keys, frames=[frame])
+        masks = interface.decode(keys, alignment, frames=[frame])[0]
+        sure = alignment.confidence_logits[0].sigmoid() > threshold
         wanted = target_grid(sample.targets, sample.image_hw, side, masks.shape[-1])
         expected = mask_score(masks[sure], wanted, weights)
         assert found["reward_mask"][row].item() == pytest.approx(expected, rel=1e-4)
-        scores.append(slots.confidence_logits[0].sigmoid())
+        scores.append(alignment.confidence_logits[0].sigmoid())
         if threshold == 1.0:
             assert expected == float(not sample.targets)
     assert torch.stack(scores).std(0).min() > 1e-3  # no two answers see alike
@@ -223,11 +224,11 @@ def test_rewards_are_judged_with_both_paths(joint: Callable[..., JointStep]) -> 
         step = joint(rewards={"threshold": 0.0}, **changes)
         sharpen(step)
         rollouts, questions, _, _ = answered(step)
-        found.append(step.rewards(rollouts, questions)["reward_mask"])
+        found.append(step.teacher.rewards(rollouts, questions)["reward_mask"])
     assert torch.equal(*found)
     silent = torch.zeros_like(rollouts.states.concentration_states)
     deaf = rollouts._replace(states=rollouts.states._replace(concentration_states=silent))
-    other = step.rewards(deaf, questions)["reward_mask"]
+    other = step.teacher.rewards(deaf, questions)["reward_mask"]
     assert (other - found[0]).abs().max() > 1e-4  # else there would be nothing to notice
 
 
@@ -239,7 +240,7 @@ def test_the_policy_term_is_grpo_on_what_was_sampled(
     plain = module.grpo_loss
     monkeypatch.setattr(module, "grpo_loss", lambda *a: caught.append(a) or plain(*a))
     earned = iter([0.0, 1.0, 0.5, 0.5])
-    monkeypatch.setattr(module, "format_score", lambda *_: next(earned))
+    monkeypatch.setattr(teachers, "format_score", lambda *_: next(earned))
     step = joint(rewards={"mask": 0.0}, rollout={"temperature": 0.8})
     values = take(step)
     (arguments,) = caught
@@ -297,12 +298,11 @@ def test_rewards_rise(
 ) -> None:
     """Paid for beginning with one half of its vocabulary, the policy begins with it more often."""
 
-    def pay(self: JointStep, rollouts: Rollouts, _: Questions) -> dict[str, Tensor]:
-        first = [ids[0] for ids in rollouts.ids]
-        earned = (self.policy.model.lm_head.weight[first, 0] > 0).float()
+    def pay(_teacher: teachers.Teacher, rollouts: Rollouts, _: Questions) -> dict[str, Tensor]:
+        earned = torch.tensor([float(ids[0] % 2) for ids in rollouts.ids])
         return {"reward": earned, "reward_format": earned, "reward_mask": 0 * earned}
 
-    monkeypatch.setattr(JointStep, "rewards", pay)
+    monkeypatch.setattr(teachers.MaskTeacher, "rewards", pay)
     settings = stage(
         steps=16,
         batch=4,

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import sae_frontier
+import torch
 from recipes import stage, write_llava_config
 
-from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
+from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.interfaces.concept_slots import with_concepts
+from segcompass.pipeline import SegCompass
 
 
 def test_one_row_for_each_weight(
@@ -29,3 +32,36 @@ def test_one_row_for_each_weight(
         assert SparseAutoencoder.load(folder / "sae").metadata["l1"] == float(weight)
         assert json.loads((folder / "sae_report.json").read_text())["l1"] == float(weight)
     assert len(list((tmp_path / "run/frontier/states").iterdir())) == 1  # one pass, for both
+
+
+def test_masks_are_judged_through_each_autoencoder(
+    tiny_model: Path, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head gets codes of the reconstruction; without an autoencoder, of the states."""
+    model = SegCompass.from_pretrained(tiny_model)
+    head = with_concepts(model.interface).sae
+    width = head.config.d_in
+    blind = SparseAutoencoder(SparseAutoencoderConfig(d_in=width, d_sae=8))
+    with torch.no_grad():
+        for parameter in blind.parameters():
+            parameter.zero_()
+    blind.save(tmp_path / "blind/sae")
+    seen: list[list[float]] = []
+
+    def judged(_model: SegCompass, *_: object, paths: str, **options: object) -> dict[str, float]:
+        codes = head.encode_sparse(torch.eye(width)[:2])
+        seen.append(head.decode_sparse(codes).flatten().tolist())
+        return {"giou_target": 0.5 if paths == "both" else 0.25}
+
+    monkeypatch.setattr(sae_frontier, "evaluate", judged)
+    states, nothing = torch.eye(width)[:2], torch.zeros(2, width)
+    wanted = [
+        head.decode_sparse(head.encode_sparse(z)).flatten().tolist() for z in (nothing, states)
+    ]
+    assert wanted[0] != wanted[1]
+    for name in ("blind", "none"):
+        found = sae_frontier.mask_quality(model, tmp_path / name, scenes_root, 2)
+        assert found == {"both": 0.5, "concepts": 0.25}
+    assert seen == [wanted[0], wanted[0], wanted[1], wanted[1]]
+    table = sae_frontier.table([], [found])
+    assert table.splitlines()[-1].endswith("| 0.500 | 0.250 |")

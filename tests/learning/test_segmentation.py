@@ -20,11 +20,11 @@ from segcompass.interfaces.concept_slots import ConceptSlots
 from segcompass.learning.corpus import target_grid
 from segcompass.learning.losses import dice_loss, focal_loss, map_bce
 from segcompass.learning.segmentation import PlaceHead, Terms, segmentation_terms
-from segcompass.types import Sample, Slots, SparseCodes
+from segcompass.types import Sample, Slots
 
 SIDE, GRID, CHANNELS, WIDTH, K = 64, 8, 32, 32, 3  # of the tiny segmenter and head
 OFF = -9.0
-OF_PAIRS = ("heatmap_bce", "heatmap_dice", "dice", "focal", "iou")
+OF_PAIRS = ("heatmap_bce", "heatmap_dice", "mask_bce", "dice", "focal", "iou")
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,8 @@ def frames_of(samples: list[Sample]) -> list[Frame]:
 def aligned(slots: Slots) -> Alignment:
     """Made-up slots with queries that tell them apart."""
     batch, count = slots.confidence_logits.shape
-    none = torch.zeros(0, dtype=torch.long)
     queries = torch.randn(batch, count, WIDTH, generator=torch.Generator().manual_seed(3))
-    codes = SparseCodes(none, none, torch.zeros(0), 0, 64)
-    return Alignment(slots, queries, torch.zeros(batch, count, 16), codes, None)
+    return Alignment(slots.confidence_logits, slots, queries)
 
 
 def slots_of(heatmaps: Tensor, confidences: Tensor | None = None) -> Slots:
@@ -98,7 +96,7 @@ def test_every_mask_is_scored_against_its_own_target(
     pairs = [(0, 1), (2, 0)]  # slot, target
     for row, (slot, target) in enumerate(pairs):
         chosen = torch.tensor([1]), torch.tensor([slot])
-        mask = interface.decode(keys_of(2), slots, frames=frames_of(batch), select=chosen)
+        mask = interface.decode(keys_of(2), aligned(slots), frames=frames_of(batch), select=chosen)
         own, other = fine[target][None], fine[1 - target][None]
         assert found["dice"][row].item() == pytest.approx(dice_loss(mask, own).item(), rel=1e-5)
         assert found["dice"][row].item() != pytest.approx(dice_loss(mask, other).item(), rel=1e-3)

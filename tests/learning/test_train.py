@@ -138,7 +138,7 @@ def test_an_earlier_run_is_not_overwritten(
 def test_a_stage_names_the_one_it_needs(
     asked: str, missing: str | None, finished: Path, tmp_path: Path
 ) -> None:
-    way_out = f"train {missing}" if missing else "segmenter, warmup, sae, joint, all"
+    way_out = f"train {missing}" if missing else "segmenter, warmup, sae, joint, scorer, all"
     with pytest.raises(ConfigError, match=way_out):
         train.run(asked, finished, [f"run={tmp_path / 'new'}"], resume=False)
 

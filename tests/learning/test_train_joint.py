@@ -16,9 +16,13 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from segcompass.learning import train_joint as module
-from segcompass.learning.config import JointStage
+from segcompass.learning import teachers
+from segcompass.learning.answers import Answers
+from segcompass.learning.engine.loop import Losses
+from segcompass.learning.grpo import advantages
 from segcompass.learning.questions import Questions, key_memo
+from segcompass.learning.rollouts import Rollouts
+from segcompass.learning.stages import JointStage
 from segcompass.learning.train_joint import JointStep, freeze, train_joint
 from segcompass.types import ReasoningBatch
 
@@ -111,7 +115,7 @@ def test_supervision_alone_is_blind_to_rewards(
     gradients = []
     for score in (0.0, 1.0):
         flips = iter([score, 1 - score] * 4)
-        monkeypatch.setattr(module, "format_score", lambda *_, flips=flips: next(flips))
+        monkeypatch.setattr(teachers, "format_score", lambda *_, flips=flips: next(flips))
         step = joint(rl_weight=0.0)
         step_and_backward(step)
         gradients.append([p.grad for p in step.policy.backbone.layers[2].parameters()])
@@ -122,14 +126,13 @@ def test_supervision_alone_is_blind_to_rewards(
 def test_means_are_over_answers_slots_and_matched_masks(joint: Callable[..., JointStep]) -> None:
     step = joint()
     terms: dict[str, Tensor] = {}
-    plain = step.from_rollouts
+    plain = step.losses
 
-    def seen(questions: Questions, forced: bool) -> tuple[dict[str, Tensor], Tensor]:
-        found, hidden = plain(questions, forced)
+    def seen(found: dict[str, Tensor], *rest: Any) -> Losses:
         terms.update(found)
-        return found, hidden
+        return plain(found, *rest)
 
-    step.from_rollouts = seen  # type: ignore[method-assign]
+    step.losses = seen  # type: ignore[method-assign]
     values = take(step)
     for name, found in terms.items():
         expected = sum(found.tolist()) / len(found)
@@ -152,7 +155,7 @@ def test_oracle_steps_come_first(joint: Callable[..., JointStep]) -> None:
     plain = step.questions
     step.questions = lambda s: asked.append(len(s)) or plain(s)  # type: ignore[method-assign]
     with answers_of(*LENGTHS) as calls:
-        rows = [step(number) for number in range(3)]
+        rows = [values for number in range(3) for values in step(number)]
         told = [("language" in row, "reward" in row) for row in rows]
         assert told == [(True, False), (True, False), (False, True)]
         assert asked == [4, 4, 2]  # batch·G answers either way
@@ -184,9 +187,11 @@ def test_order_and_place_are_used_where_asked(
     order: float, place: float, joint: Callable[..., JointStep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[dict[str, Any]] = []
-    plain = module.segmentation_terms
+    plain = teachers.segmentation_terms
     monkeypatch.setattr(
-        module, "segmentation_terms", lambda *a, **options: given.append(options) or plain(*a)
+        teachers,
+        "segmentation_terms",
+        lambda *a, **options: given.append(options) or plain(*a, **options),
     )
     step = joint(order_weight=order, place_weight=place)
     take(step)
@@ -205,9 +210,9 @@ def test_a_dropped_path_cannot_be_leant_on(
 ) -> None:
     step = joint(**{dropped: 1.0})
     _, questions, states, _ = answered(step)
-    terms = step.segmentation(states, questions)
-    same = step.segmentation(swapped(states, deaf), questions)
-    other = step.segmentation(swapped(states, heard), questions)
+    terms = step.teacher.supervise(states, questions)
+    same = step.teacher.supervise(swapped(states, deaf), questions)
+    other = step.teacher.supervise(swapped(states, heard), questions)
     for name in ("confidence", *MASKS):
         torch.testing.assert_close(same[name], terms[name], atol=0, rtol=0)
     assert (other["confidence"] - terms["confidence"]).abs().max() > 1e-4
@@ -216,11 +221,11 @@ def test_a_dropped_path_cannot_be_leant_on(
 def test_gates_close_one_path_at_most_at_their_rates(joint: Callable[..., JointStep]) -> None:
     step = joint(drop_tokens=0.3, drop_concepts=0.5)
     torch.manual_seed(0)
-    gates = step.gates(4000)
+    gates = step.teacher.gates(4000, torch.device("cpu"))
     assert set(gates.unique().tolist()) == {0.0, 1.0}
     assert gates.sum(1).min() == 1
     assert (1 - gates.mean(0)).tolist() == pytest.approx([0.3, 0.5], abs=0.03)
-    assert joint().gates(7).tolist() == [[1, 1]] * 7
+    assert joint().teacher.gates(7, torch.device("cpu")).tolist() == [[1, 1]] * 7
     with pytest.raises(ValidationError, match="shares of the same answers"):
         stage(drop_tokens=0.6, drop_concepts=0.5)
 
@@ -264,15 +269,21 @@ def test_the_releases_recipe_goes_before_defaults_and_behind_the_file() -> None:
         assert JointStage.model_validate(found.model_dump(mode="json")) == found
 
 
+def forced_answers(rollouts: Rollouts, questions: Questions, rewards: Tensor) -> Answers:
+    sequences, is_answer, log_probs, _, good, *_ = rollouts
+    gains = advantages(rewards.view(2, 2)).flatten()
+    return Answers(questions, sequences, is_answer, good, log_probs, gains, forced=True)
+
+
 def test_a_model_that_never_writes_the_form_is_shown_it(joint: Callable[..., JointStep]) -> None:
     """While the form is forced its ending is taught; afterwards it has to be earned."""
     step = joint(batch=2, rollout={"forced_steps": 1})
     torch.manual_seed(0)
-    taught, alone = step(0), step(1)
+    taught, alone = (values for number in range(2) for values in step(number))
     assert taught["well_formed"] == 1 and alone["well_formed"] < 1  # a random policy
     assert "form" not in alone
     rollouts, questions, _, hidden = answered(step)
-    terms = step.reinforcement(rollouts, questions, hidden, torch.rand(4), forced=True)
+    terms = step.reinforcement(forced_answers(rollouts, questions, torch.rand(4)), hidden)
     ending = len(step.policy.prompt.ending)
     assert len(terms["form"]) == 4 * ending
     logits = step.policy.language_logits(hidden[:, :-1]).float()
@@ -288,7 +299,7 @@ def test_a_forced_ending_is_no_merit(joint: Callable[..., JointStep]) -> None:
     rollouts, questions, _, hidden = answered(step)
     hidden = hidden.detach().requires_grad_()
     rewards = torch.tensor([1.0, 0.0, 0.5, 1.0])
-    terms = step.reinforcement(rollouts, questions, hidden, rewards, forced=True)
+    terms = step.reinforcement(forced_answers(rollouts, questions, rewards), hidden)
     terms["policy"].sum().backward()
     ending = len(step.policy.prompt.ending)
     written = hidden.grad.abs().sum(-1) > 0

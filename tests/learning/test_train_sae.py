@@ -19,8 +19,9 @@ from segcompass.io.errors import CheckpointError
 from segcompass.learning.activations.cache import Tokens
 from segcompass.learning.activations.sae_loop import SaeLoop, flat_rate, input_scale, new_sae
 from segcompass.learning.activations.stream import StateReader, Statistics
-from segcompass.learning.config import RunConfig, SaeStage
+from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.distributed import World, start
+from segcompass.learning.stages import SaeStage
 from segcompass.learning.train_sae import REPORT, open_states, train_sae
 from segcompass.reasoning.loading import load_policy
 from segcompass.reasoning.policy import Policy

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import policy_config
 
 from segcompass.io.errors import CheckpointError
@@ -118,6 +119,23 @@ def test_qwen_can_be_squared_too(tmp_path: Path) -> None:
     visual = policy.backbone.prepare(picture(20, 80))
     assert visual.grid[0] == visual.grid[1]
     assert (visual.boxes[:, 3] <= 20).all()
+
+
+@pytest.mark.parametrize("size", [(20, 80), (64, 64), (300, 1)])
+def test_qwen_can_be_shown_a_stretched_picture(tmp_path: Path, size: tuple[int, int]) -> None:
+    from tiny import tiny_qwen_policy
+
+    folder = tiny_qwen_policy(tmp_path / "policy")
+    policy = load_policy(folder, policy_config("qwen2_5_vl", stretch_to=64))
+    image = picture(*size)
+    visual = policy.backbone.prepare(image)
+    rows, columns = visual.grid
+    assert rows == columns == 4  # cells of 16 px
+    scaled = Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR)
+    square = load_policy(folder, policy_config("qwen2_5_vl")).backbone.prepare(np.array(scaled))
+    torch.testing.assert_close(visual.pixels, square.pixels)
+    np.testing.assert_allclose(visual.boxes[0], [0, 0, size[1] / 4, size[0] / 4])
+    np.testing.assert_allclose(visual.boxes[-1, 2:], [size[1], size[0]])
 
 
 def test_llava_must_be_squared_and_without_its_class_token(tmp_path: Path) -> None:

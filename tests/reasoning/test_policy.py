@@ -44,7 +44,7 @@ def thoughts_of(*lengths: int) -> Iterator[None]:
     """Force row r to close its thought after ``lengths[r]`` tokens; random models never do."""
 
     class Uneven(ForcedForm):
-        def _forced(self, row: int, answer: list[int], tail: str) -> int | None:
+        def _forced(self, row: int, answer: list[int], tail: str) -> list[int] | None:
             self.thought_limit = lengths[row]
             return super()._forced(row, answer, tail)
 
@@ -297,6 +297,15 @@ def test_counts_must_agree(
 ) -> None:
     with pytest.raises(ValueError, match="one of each for every row"):
         policy.generate(visuals[: counts[0]], ASKED[: counts[1]])
+
+
+def test_there_is_a_conclusion_for_every_thought(
+    policy: Policy, visuals: list[VisualInput]
+) -> None:
+    with pytest.raises(ValueError, match="one of each for every row"):
+        policy.encode(visuals, ASKED, THOUGHTS, ["", ""])
+    told = policy.encode(visuals, ASKED, THOUGHTS, ["", "", ""])
+    assert told.ids.equal(policy.encode(visuals, ASKED, THOUGHTS).ids)
 
 
 @pytest.mark.parametrize("limit", [0, -3])

@@ -17,6 +17,8 @@ import typer
 
 from segcompass import __version__
 from segcompass.apps import (
+    bench_commands,
+    compare_commands,
     console,
     data_commands,
     eval_commands,
@@ -40,17 +42,20 @@ app = typer.Typer(
 )
 app.add_typer(data_commands.app, name="data")
 app.add_typer(eval_commands.app)
+app.add_typer(compare_commands.app)
 app.add_typer(explain_commands.app)
 app.add_typer(serve_commands.app)
+app.add_typer(bench_commands.app)
 
 
 class Stage(StrEnum):
-    """What `train` can run; `all` runs the four in order, `plan` runs nothing."""
+    """What `train` can run; `all` runs what is needed in order, `plan` runs nothing."""
 
     SEGMENTER = "segmenter"
     WARMUP = "warmup"
     SAE = "sae"
     JOINT = "joint"
+    SCORER = "scorer"
     ALL = "all"
     PLAN = "plan"
 

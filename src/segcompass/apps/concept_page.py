@@ -15,7 +15,7 @@ from PIL import Image
 from segcompass.apps.pages import data_uri, render, visible
 from segcompass.explain.concept_cards import CLEAR, Card
 from segcompass.explain.concept_counts import EDGES
-from segcompass.explain.token_features import FAMILIES
+from segcompass.explain.vocabulary import FAMILIES
 from segcompass.io.images import load_image
 
 CELL = 104  # px, the longer side of a picture on a sheet

@@ -44,8 +44,15 @@ def scenes(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; default: one for each core.")
     ] = None,
+    sgdr: Annotated[
+        bool,
+        typer.Option(
+            "--sgdr", help="Also sort questions by ReasonSeg-SGDR's four dimensions (Parquet)."
+        ),
+    ] = False,
 ) -> None:
     """Draw the procedural world, in the RefCOCO, gRefCOCO and ReasonSeg layouts."""
+    from segcompass.data.scenes.sgdr import write_sgdr
     from segcompass.data.scenes.writer import write_scenes
 
     counts = {"train": train, "val": val, "testA": test_a, "testB": test_b}
@@ -55,6 +62,8 @@ def scenes(
         )
     with progress("pictures") as update:
         write_scenes(out, counts, seed, workers=workers, progress=update)
+    if sgdr:
+        write_sgdr(out)
     print(out)
 
 

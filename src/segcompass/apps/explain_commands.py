@@ -111,9 +111,10 @@ def _concept_counts(
     """What counts concepts; where the set consists of scenes, with all that is known of them."""
     from segcompass.data.samples import read_images
     from segcompass.explain.concept_counts import ConceptCounts
+    from segcompass.interfaces.concept_slots import with_concepts
 
     scenes = read_images(data, split) if samples[0].objects else []
-    width = model.interface.sae.config.d_sae
+    width = with_concepts(model.interface).sae.config.d_sae
     return ConceptCounts(width, {scene.image_id: scene for scene in scenes})
 
 
@@ -122,8 +123,9 @@ def _write_cards(model: SegCompass, counts: ConceptCounts, out: Path) -> list[Ca
     from segcompass.apps.concept_page import write_concept_page
     from segcompass.explain.concept_cards import card_rows, make_cards, summarise
     from segcompass.explain.figures import write_csv
+    from segcompass.interfaces.concept_slots import with_concepts
 
-    decoder = model.interface.sae.W_dec.detach().float().cpu().numpy()
+    decoder = with_concepts(model.interface).sae.W_dec.detach().float().cpu().numpy()
     with progress("concept cards") as moved:
         made = make_cards(counts, decoder, moved)
     found = summarise(made, counts.concepts)

@@ -12,7 +12,9 @@ from segcompass.apps import console
 if TYPE_CHECKING:
     from segcompass.pipeline import SegCompass
 
-Model = Annotated[str, typer.Option(help="nano (bundled), a model folder, or a hub id.")]
+Model = Annotated[
+    str, typer.Option(help="nano (bundled), a model folder, a preset (name or .yaml), or a hub id.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: what is there.")]
 Dtype = Annotated[
     str | None, typer.Option(help="The policy's precision: float32 (default), bfloat16 …")

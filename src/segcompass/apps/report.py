@@ -5,7 +5,7 @@ The page's behaviour is in ``templates/report.js``; what keeps it self-contained
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -13,21 +13,12 @@ import numpy as np
 
 from segcompass.apps import report_layers as layers
 from segcompass.apps.pages import render
-from segcompass.apps.report_words import Words, align_words
-from segcompass.io.outputs import (
-    ConceptWeight,
-    active_concepts,
-    code_matrix,
-    slot_colour,
-    slot_concepts,
-    token_heat,
-    word_activations,
-)
-from segcompass.types import Prediction, Status, TokenKind
+from segcompass.apps.report_concepts import NO_DATA, read_concepts
+from segcompass.apps.report_words import Segment
+from segcompass.io.outputs import slot_colour, slot_prompts
+from segcompass.types import Prediction, Status
 
-SLOT_CONCEPTS = 10  # concepts listed for a slot
-WORD_CONCEPTS = 3  # concepts kept for a word
-LEVELS = 99  # activations travel as whole numbers 1..99, relative to the largest
+LAYERS = {"tokens": "Tokens", "prompt": "Boxes", "heat": "Heatmap", "masks": "Masks"}
 
 _BADGES = {
     Status.NO_TARGET: "nothing matches",
@@ -35,8 +26,8 @@ _BADGES = {
     Status.TRUNCATED: "truncated answer",
 }
 _NOTES = {
-    Status.NO_TARGET: "The answer is well-formed, and no slot reached the threshold: the model "
-    "says that nothing in the picture matches.",
+    Status.NO_TARGET: "The answer is well-formed, and nothing in it reached the threshold: the "
+    "model says that nothing in the picture matches.",
     Status.MALFORMED: "The answer does not have the form that was asked for, so no mask was read "
     "from it. The whole text stands here as it was generated.",
     Status.TRUNCATED: "The answer was cut off before it was complete, so no mask was read from it.",
@@ -64,12 +55,15 @@ def write_report(
 
 def render_report(predictions: Sequence[Prediction], *, title: str = "SegCompass") -> str:
     """The page of ``write_report`` as text."""
+    cards = [card(i, prediction) for i, prediction in enumerate(predictions)]
     return render(
         "report.html.j2",
         styles=["report.css"],
         scripts=["report.js"],
         title=title,
-        cards=[card(i, prediction) for i, prediction in enumerate(predictions)],
+        cards=cards,
+        layers={name for each in cards for name in each["layers"]},
+        weighed=any(each["candidates"] for each in cards),
         summary=_summary(predictions),
     )
 
@@ -93,17 +87,8 @@ def card(index: int, prediction: Prediction, also: Iterable[int] = ()) -> dict[s
         also: concepts to follow beside those that the card lists itself.
     """
     height, width = prediction.image_rgb.shape[:2]
-    readings = word_activations(prediction, WORD_CONCEPTS)
-    concepts, overall = slot_concepts(prediction, SLOT_CONCEPTS), _overall(prediction)
-    words = Words()
-    instruction = align_words(
-        prediction.instruction, [r for r in readings if r.kind == TokenKind.INSTRUCTION], words
-    )
-    thought = align_words(
-        prediction.reasoning, [r for r in readings if r.kind == TokenKind.THOUGHT], words
-    )
-    shown = {c.concept for listed in (*concepts, overall) for c in listed}
-    shown |= {c.concept for word in words.concepts for c in word} | set(also)
+    concepts = None if prediction.codes is None else read_concepts(prediction, also)
+    slots, candidates = _slots(prediction), _candidates(prediction)
     return {
         "id": f"p{index}",
         "name": PurePath(prediction.source.replace("\\", "/")).name if prediction.source else None,
@@ -112,32 +97,47 @@ def card(index: int, prediction: Prediction, also: Iterable[int] = ()) -> dict[s
         "prediction": prediction,
         "badge": _BADGES.get(prediction.status) or _count(int(prediction.accepted.sum()), "mask"),
         "note": _NOTES.get(prediction.status),
-        "instruction": instruction,
-        "thought": thought,
-        "slots": _slots(prediction, concepts),
-        "overall": overall,
-        "active": active_concepts(prediction),
+        "instruction": concepts.instruction if concepts else [Segment(prediction.instruction)],
+        "thought": concepts.thought if concepts else [Segment(prediction.reasoning)],
+        "conclusion": _conclusion(prediction),
+        "slots": slots,
+        "layers": _layers(prediction, slots),
+        "concepts": concepts,
+        "candidates": candidates,
         "picture": layers.picture(prediction),
         "thumbnail": layers.thumbnail(prediction),
         "seconds": sum(prediction.timings.values()),
-        "data": {
-            "width": width,
-            "height": height,
-            "boxes": np.rint(prediction.token_boxes).astype(int).tolist(),
-            "heat": [_levels(row) for row in token_heat(prediction)],
-            "words": [[[c.concept, round(c.weight, 2)] for c in word] for word in words.concepts],
-            "concepts": _firing(prediction, sorted(shown), words),
-        },
+        "data": {"width": width, "height": height, **(concepts.data if concepts else NO_DATA)},
     }
+
+
+def _layers(prediction: Prediction, slots: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What can be shown over the picture, by name: the switches and their labels."""
+    there = {
+        "tokens": prediction.codes is not None,
+        "prompt": any(slot["prompt"] for slot in slots),
+        "heat": prediction.slot_heatmaps is not None,
+        "masks": bool(prediction.accepted.any()),
+    }
+    return {name: label for name, label in LAYERS.items() if there[name]}
+
+
+def _conclusion(prediction: Prediction) -> str | None:
+    """What follows the thought, where it is more than the slots' own tokens."""
+    if prediction.prompts is None or not prediction.status.well_formed:
+        return None
+    return prediction.text.rpartition("</think>")[2].strip()
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _slots(
-    prediction: Prediction, concepts: Sequence[tuple[ConceptWeight, ...]]
-) -> list[dict[str, Any]]:
+def _slots(prediction: Prediction) -> list[dict[str, Any]]:
+    """All slots; of an answer in numbers those that it names."""
+    number, named = len(prediction.slot_scores), prediction.prompts
+    prompts = [None] * number if named is None else slot_prompts(named)
+    heatmaps = prediction.slot_heatmaps is not None
     return [
         {
             "index": k,
@@ -146,55 +146,27 @@ def _slots(
             "colour": "rgb({}, {}, {})".format(*slot_colour(k)),
             "share": float(prediction.slot_masks[k].mean()),
             "mask": layers.mask_layer(prediction, k) if prediction.accepted[k] else None,
-            "heat": layers.heat_layer(prediction, k),
-            "concepts": concepts[k],
+            "heat": layers.heat_layer(prediction, k) if heatmaps else None,
+            "prompt": prompts[k],
         }
-        for k in range(len(prediction.slot_scores))
+        for k in range(number)
+        if named is None or prompts[k]
     ]
 
 
-def _overall(prediction: Prediction) -> list[ConceptWeight]:
-    """The concepts of the accepted slots together (of all slots where none is accepted)."""
-    attention = prediction.slot_attention
-    if prediction.accepted.any():
-        attention = attention[prediction.accepted]
-    weights = code_matrix(prediction).T @ attention.sum(axis=0)
-    best = np.argsort(-weights, kind="stable")[:SLOT_CONCEPTS]
-    return [ConceptWeight(int(j), float(weights[j])) for j in best if weights[j] > 0]
-
-
-def _firing(prediction: Prediction, concepts: list[int], words: Words) -> dict[str, Any]:
-    """For every concept shown: its largest activation, and where in picture and words it fires."""
-    columns = code_matrix(prediction)[:, concepts].tocsc()
-    image = np.cumsum(prediction.token_kinds == TokenKind.IMAGE) - 1
-    firing: dict[str, Any] = {}
-    for position, concept in enumerate(concepts):
-        span = slice(columns.indptr[position], columns.indptr[position + 1])
-        rows, values = columns.indices[span], columns.data[span]
-        scale = float(values.max(initial=0.0)) or 1.0
-        on_image: dict[int, int] = {}
-        on_words: dict[int, int] = {}
-        for row, value in zip(rows.tolist(), values.tolist(), strict=True):
-            level = round(LEVELS * value / scale)
-            if prediction.token_kinds[row] == TokenKind.IMAGE:
-                on_image[int(image[row])] = level
-            elif row in words.of_token:
-                word = words.of_token[row]
-                on_words[word] = max(level, on_words.get(word, 0))
-        firing[str(concept)] = [round(scale, 2), _pairs(on_image), _pairs(on_words)]
-    return firing
-
-
-def _pairs(levels: dict[int, int]) -> list[int]:
-    """Flat [index, level, index, level, …] without zeros, in order of index."""
+def _candidates(prediction: Prediction) -> list[dict[str, Any]]:
+    """What the answer was chosen from, the best first."""
+    if prediction.candidates is None:
+        return []
+    masks, scores, sources, thoughts, chosen = prediction.candidates
     return [
-        number for index in sorted(levels) if levels[index] for number in (index, levels[index])
+        {
+            "picture": layers.candidate(prediction, masks[i]),
+            "source": sources[i],
+            "score": float(scores[i]),
+            "thought": thoughts[i],
+            "chosen": i == chosen,
+            "share": float(masks[i].mean()),
+        }
+        for i in np.argsort(-scores, kind="stable").tolist()
     ]
-
-
-def _levels(values: np.ndarray) -> list[int]:
-    """Values as whole numbers 0..LEVELS, relative to the largest."""
-    largest = float(values.max(initial=0.0))
-    if largest <= 0:
-        return [0] * len(values)
-    return [round(LEVELS * float(value) / largest) for value in values]

@@ -8,12 +8,14 @@ from scipy import ndimage
 
 from segcompass.apps.pages import data_uri
 from segcompass.io.outputs import mask_outline, overlay, slot_colour
-from segcompass.types import Prediction
+from segcompass.io.sheets import spotlight
+from segcompass.types import Prediction, given
 
 PICTURE_SIDE = 1024  # px, longest side of the photograph
 MASK_SIDE = 768  # px; small masks are enlarged to it so that their outline is smooth
 HEAT_SIDE = 128  # px; a heatmap comes from a grid of at most 64
 THUMBNAIL_SIDE = 120  # px
+CANDIDATE_SIDE = 320  # px
 
 
 def picture(prediction: Prediction) -> str:
@@ -30,6 +32,13 @@ def thumbnail(prediction: Prediction) -> str:
     left, upper = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, upper, left + side, upper + side))
     return data_uri(square.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE)), "WEBP", quality=80)
+
+
+def candidate(prediction: Prediction, mask: np.ndarray) -> str:
+    """The photograph, small and pale but for a mask that was weighed."""
+    image = Image.fromarray(spotlight(prediction.image_rgb, mask[None]))
+    image.thumbnail((CANDIDATE_SIDE, CANDIDATE_SIDE), Image.Resampling.LANCZOS)
+    return data_uri(image, "WEBP", quality=80)
 
 
 def mask_layer(prediction: Prediction, slot: int) -> str:
@@ -49,7 +58,8 @@ def mask_layer(prediction: Prediction, slot: int) -> str:
 
 def heat_layer(prediction: Prediction, slot: int) -> str:
     """One heatmap in the slot's own colours: clear at 0, the slot's colour, glowing at 1."""
-    heat = Image.fromarray(prediction.slot_heatmaps[slot].astype(np.float32))
+    heatmaps = given(prediction.slot_heatmaps, "heatmaps")
+    heat = Image.fromarray(heatmaps[slot].astype(np.float32))
     heat.thumbnail((HEAT_SIDE, HEAT_SIDE), Image.Resampling.BILINEAR)
     values = np.clip(np.asarray(heat), 0, 1)[..., None]
     colour = np.array(slot_colour(slot), dtype=np.float32)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from segcompass.io.outputs import ConceptWeight, TokenActivation
+from segcompass.io.readings import ConceptWeight, TokenActivation
 
 SLACK = 16  # characters by which a token may lie beyond where it was expected
 

@@ -188,12 +188,13 @@ def summary(prediction: Prediction, *, top: int = 3) -> dict[str, str]:
     """One prediction as a row of a table, all text."""
     import numpy as np
 
-    from segcompass.io.outputs import slot_concepts
+    from segcompass.io.readings import slot_concepts
 
     shown = np.flatnonzero(prediction.accepted)
+    read = [] if prediction.codes is None else slot_concepts(prediction)
     best: dict[int, float] = {}
-    for slot in shown:
-        for concept, weight in slot_concepts(prediction)[int(slot)]:
+    for concepts, accepted in zip(read, prediction.accepted, strict=False):
+        for concept, weight in concepts if accepted else ():
             best[concept] = max(weight, best.get(concept, 0.0))
     strongest = sorted(best, key=lambda concept: -best[concept])[:top]
     return {

@@ -148,8 +148,10 @@ def build(desk: Desk) -> gr.Blocks:
 
         def explained(prediction: Prediction) -> Iterator[dict[Any, Any]]:
             verdict = frames.verdict(prediction)
+            traceable = frames.can_be_changed(prediction)
+            after = "Tracing which concepts made it" if traceable else "Saving it"
             yield {
-                said: frames.note(f"{verdict} Tracing which concepts made it …", busy=True),
+                said: frames.note(f"{verdict} {after} …", busy=True),
                 shown: frames.answer_frame(prediction),
             }
             finished, traced = desk.keep(prediction), desk.trace(prediction)
@@ -181,14 +183,10 @@ def build(desk: Desk) -> gr.Blocks:
             preprocess=False,  # gradio would open the picture with every decoder that Pillow has
             **only_one,
         )
-        stop.click(
-            lambda: frames.note("Stopped."),
-            None,
-            said,
-            cancels=[asked],
-            api_visibility="private",
-            queue=False,
-        )
+        alone: dict[str, Any] = {"api_visibility": "private", "queue": False}
+        stopped = stop.click(None, cancels=[asked], **alone)
+        # Not before its last word.
+        stopped.then(lambda: frames.note("Stopped."), None, said, **alone)
         shown.rerun(change, [answer], [compared, said], show_progress="minimal", **only_one)
     return page
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segcompass.apps.report import write_report
+from segcompass.apps.web_frames import can_be_changed
 from segcompass.explain.intervene import Edit, Intervention, intervene
 from segcompass.explain.provenance import SlotProvenance, provenance
 from segcompass.io.images import load_image
@@ -97,7 +98,7 @@ class Desk:
 
     def trace(self, prediction: Prediction) -> list[SlotProvenance]:
         """Which concepts made the slots that count; nothing where no slot can be explained."""
-        if not prediction.status.well_formed:
+        if not prediction.status.well_formed or not can_be_changed(prediction):
             return []
         return self._result(lambda: provenance(self.model, prediction))
 

@@ -13,8 +13,10 @@ from segcompass.apps.pages import render, visible
 from segcompass.apps.report import card
 from segcompass.explain.intervene import Edit, Intervention
 from segcompass.explain.provenance import SlotProvenance, token_label
-from segcompass.io.outputs import code_matrix, slot_colour
-from segcompass.types import Prediction, Status
+from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.io.outputs import slot_colour
+from segcompass.io.readings import code_matrix
+from segcompass.types import Prediction, Status, given
 
 LISTED = 40  # concepts of a slot that a word or patch is looked up in
 SHOWN = 10  # of these, concepts listed unasked
@@ -38,14 +40,21 @@ class Listing(NamedTuple):
     rows: list[Row]
 
 
+def can_be_changed(prediction: Prediction) -> bool:
+    """Whether the answer's concepts can be traced, and the head run again without some of them."""
+    return prediction.interface == ConceptSlots.name
+
+
 def answer_frame(prediction: Prediction, traced: Sequence[SlotProvenance] = ()) -> str:
     """An answer to explore: picture, slots, words, and concepts that can be turned up or down.
+
+    Of other interfaces it is what the report shows.
 
     Args:
         prediction: what was found.
         traced: provenance of some of its slots; of others, what they read is listed.
     """
-    lists = listings(prediction, traced)
+    lists = listings(prediction, traced) if can_be_changed(prediction) else []
     page = render(
         "answer.html.j2",
         styles=STYLES,
@@ -54,14 +63,15 @@ def answer_frame(prediction: Prediction, traced: Sequence[SlotProvenance] = ()) 
         lists=lists,
         shown=SHOWN,
     )
-    return _frame(page, "The answer: picture, chain of thought, slots and concepts")
+    return _frame(page, "The answer: picture, chain of thought, slots and all that led to them")
 
 
 def listings(prediction: Prediction, traced: Sequence[SlotProvenance] = ()) -> list[Listing]:
     """Concepts of all slots that count together, then of each slot."""
     codes = code_matrix(prediction).tocoo()
     tokens, concepts = codes.row, codes.col
-    read = prediction.slot_attention[:, tokens] * codes.data  # (K, nnz)
+    attention = given(prediction.slot_attention, "slot attention")
+    read = attention[:, tokens] * codes.data  # (K, nnz)
     pairs = dict(enumerate(read))
     causes = {slot.slot: slot.confidence.weights for slot in traced}
     counted = np.flatnonzero(prediction.accepted).tolist() or list(pairs)
@@ -79,7 +89,7 @@ def listings(prediction: Prediction, traced: Sequence[SlotProvenance] = ()) -> l
 def _rows(
     prediction: Prediction, tokens: np.ndarray, concepts: np.ndarray, weights: np.ndarray
 ) -> list[Row]:
-    totals = np.bincount(concepts, weights, minlength=prediction.codes.n_columns)
+    totals = np.bincount(concepts, weights)
     order = np.argsort(-np.abs(totals), kind="stable")[:LISTED]
     rows = []
     for concept in order[totals[order] != 0].tolist():

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from segcompass.data.scenes.grammar import resolve
+from segcompass.evaluation.candidates import Weighed
 from segcompass.evaluation.scoring import PairScore, score_sample
 from segcompass.io import masks
 from segcompass.io.errors import DataError
@@ -57,9 +58,10 @@ class Answer:
     text: str = ""
     thought: str | None = None  # None: there is none to judge
     seconds: float | None = None
+    weighed: Weighed | None = None  # against what it was chosen from
 
     @classmethod
-    def of(cls, prediction: Prediction) -> Answer:
+    def of(cls, prediction: Prediction, weighed: Weighed | None = None) -> Answer:
         """The answer of our own models."""
         return cls(
             slots=tuple(masks.encode(mask) for mask in prediction.slot_masks),
@@ -69,6 +71,7 @@ class Answer:
             text=prediction.text,
             thought=prediction.reasoning,
             seconds=sum(prediction.timings.values()),
+            weighed=weighed,
         )
 
     @classmethod
@@ -133,7 +136,7 @@ def judge_answer(sample: Sample, answer: Answer) -> PairScore:
 
 def row_details(question: Question, answer: Answer) -> dict[str, Any]:
     """What the row of an answer holds beside its score."""
-    return {
+    details = {
         "image": str(question.image_path),
         "instruction": question.instruction,
         "text": answer.text,
@@ -142,6 +145,7 @@ def row_details(question: Question, answer: Answer) -> dict[str, Any]:
         "truth": list(question.sample.targets),
         "seconds": None if answer.seconds is None else round(answer.seconds, 6),
     }
+    return details if answer.weighed is None else details | {"weighed": answer.weighed._asdict()}
 
 
 def _names_the_targets(sample: Sample, answer: Answer) -> bool | None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from segcompass.evaluation.answers import Answer, Question, judge_answer, row_details
+from segcompass.evaluation.candidates import weigh
 from segcompass.evaluation.controls import pose
 from segcompass.evaluation.metrics import Metrics
 from segcompass.evaluation.run_log import METRICS, RunLog, replace_file
@@ -219,7 +220,10 @@ class _Greedy:
             threshold=self.threshold,
             paths=self.paths,
         )
-        return [Answer.of(prediction) for prediction in predictions]
+        return [
+            Answer.of(p, None if p.candidates is None else weigh(p, question.sample))
+            for question, p in zip(questions, predictions, strict=True)
+        ]
 
 
 def _environment() -> dict[str, Any]:

@@ -27,7 +27,8 @@ class Metrics:
     """Collects scores and sums them up.
 
     The order of the samples changes nothing but rounding, and which of two detections of equal
-    confidence comes first.
+    confidence comes first. Scores of one sample by several models (seeds) may be put together: the
+    bootstrap draws them together.
     """
 
     def __init__(self, scores: Iterable[PairScore] = ()) -> None:
@@ -64,7 +65,7 @@ class Metrics:
             "by_kind": self._by_kind(),
             **break_down(self.scores),
             **{f"pr@{t}": _mean([iou >= t for iou in target_ious]) for t in PRECISION_AT},
-            "intervals": _intervals(columns, pool, seed, resamples),
+            "intervals": _intervals(columns, pool, self._numbers(), seed, resamples),
         }
 
     def _by_kind(self) -> dict[str, float | None]:
@@ -89,6 +90,13 @@ class Metrics:
             for s in self.scores
         ]
         return np.array(rows, dtype=np.float64).reshape(-1, 8)
+
+    def _numbers(self) -> Int[np.ndarray, " n"]:
+        """The same number for all scores of a sample; scores without an id are of their own."""
+        known: dict[str | int, int] = {}
+        ids = [score.sample_id or i for i, score in enumerate(self.scores)]
+        numbers = [known.setdefault(one, len(known)) for one in ids]
+        return np.array(numbers, dtype=np.int64)
 
     def _pool(self) -> Pool:
         return pool_detections(
@@ -119,22 +127,32 @@ def _figures(
 
 
 def _intervals(
-    columns: Float[np.ndarray, "n 8"], pool: Pool, seed: int, resamples: int
+    columns: Float[np.ndarray, "n 8"],
+    pool: Pool,
+    numbers: Int[np.ndarray, " n"],
+    seed: int,
+    resamples: int,
 ) -> dict[str, list[float] | None]:
     """Percentile bootstrap; resamples in which a figure is undefined do not count for it."""
-    drawn = [_figures(columns, pool, w) for w in _weights(len(columns), pool, seed, resamples)]
+    drawn = [_figures(columns, pool, w) for w in _weights(numbers, pool, seed, resamples)]
     names = _figures(columns, pool, np.empty((0, len(columns)), dtype=np.int64))
     return {name: _interval([figures[name] for figures in drawn]) for name in names}
 
 
-def _weights(n: int, pool: Pool, seed: int, resamples: int) -> Iterator[Int[np.ndarray, "r n"]]:
-    """How often each sample is drawn, in chunks of resamples that fit into memory."""
+def _weights(
+    numbers: Int[np.ndarray, " n"], pool: Pool, seed: int, resamples: int
+) -> Iterator[Int[np.ndarray, "r n"]]:
+    """How often each score is drawn, in chunks of resamples that fit into memory.
+
+    Samples are what is drawn; scores of equal number are of one sample.
+    """
     rng = np.random.default_rng(seed)
-    chunk = max(1, RESAMPLING_CELLS // max(n, len(pool.owner), 1))
+    n = int(numbers.max(initial=-1)) + 1
+    chunk = max(1, RESAMPLING_CELLS // max(len(numbers), len(pool.owner), 1))
     for start in range(0, resamples if n else 0, chunk):
         rows = min(chunk, resamples - start)
         drawn = rng.integers(0, n, size=(rows, n)) + np.arange(rows)[:, None] * n
-        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)[:, numbers]
 
 
 def _interval(chunks: list[Float[np.ndarray, " r"]]) -> list[float] | None:

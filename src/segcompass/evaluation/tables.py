@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,23 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of ``table`` as a Markdown table."""
-    cells = shown(rows)
+    return as_markdown(shown(rows))
+
+
+def as_markdown(cells: Sequence[Mapping[str, str]]) -> str:
+    """Rows of equal keys as a Markdown table."""
     head = list(cells[0])
     lines = [head, ["---"] * len(head), *(list(row.values()) for row in cells)]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def as_csv(cells: Sequence[Mapping[str, object]]) -> str:
+    """Rows of equal keys as CSV; what is None stays empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(cells[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(cells)
+    return out.getvalue()
 
 
 def _measured(run: Path) -> dict[str, Any]:
@@ -87,12 +102,15 @@ def _published(row: Published) -> dict[str, Any]:
 
 
 def _figure(row: Mapping[str, Any], name: str) -> str:
+    return percent(row[name], row["intervals"].get(name))
+
+
+def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
     """In percent, as papers print it; with its interval where there is one."""
-    if row[name] is None:
+    if value is None:
         return "–"
-    interval = row["intervals"].get(name)
     beside = "" if interval is None else f" ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})"
-    return f"{100 * row[name]:.1f}{beside}"
+    return f"{100 * value:.1f}{beside}"
 
 
 def _cell(text: str) -> str:

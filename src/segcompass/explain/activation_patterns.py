@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from segcompass.explain.intervals import bootstrap
 from segcompass.explain.token_regions import on_instance
 from segcompass.io import masks
-from segcompass.types import Prediction, Sample, TokenKind
+from segcompass.types import Prediction, Sample, TokenKind, given
 
 KINDS = ("question", "thought", "instance", "background")
 THRESHOLDS = np.concatenate([[0.0], np.geomspace(1e-3, 1e2, 51)])
@@ -45,8 +45,9 @@ class ActivationPatterns:
     def add(self, sample: Sample, prediction: Prediction) -> None:
         """Count one more sample."""
         types = token_types(sample, prediction)
-        values = prediction.codes.values.numpy()
-        of_code = types[prediction.codes.rows.numpy()]
+        codes = given(prediction.codes, "concepts")
+        values = codes.values.numpy()
+        of_code = types[codes.rows.numpy()]
         active = np.zeros((len(KINDS), len(THRESHOLDS)), dtype=np.int32)
         for kind in range(len(KINDS)):
             ordered = np.sort(values[of_code == kind])

@@ -17,10 +17,11 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array, vstack
 
 from segcompass.data.samples import ImageRecord
-from segcompass.explain.token_features import VOCABULARY, Vocabulary, token_features
+from segcompass.explain.token_features import token_features
+from segcompass.explain.vocabulary import VOCABULARY, Vocabulary
 from segcompass.explain.words import SPOKEN
 from segcompass.interfaces.concept_slots import READ_BY_SAE
-from segcompass.io.outputs import code_matrix
+from segcompass.io.readings import code_matrix
 from segcompass.types import Prediction, Sample, TokenKind
 
 EDGES = 2.0 ** (np.arange(25) / 2 - 4)  # lower edges of the bins of activations; the first is open
@@ -129,7 +130,7 @@ class ConceptCounts:
     """
 
     def __init__(self, concepts: int, scenes: Mapping[int, ImageRecord] | None = None) -> None:
-        self.concepts, self.scenes = concepts, scenes or {}
+        self.concepts, self.scenes = concepts, {} if scenes is None else scenes
         self.vocabulary = Vocabulary()
         self.halves = (FeatureCounts(concepts), FeatureCounts(concepts))
         self.fired = np.zeros((2, concepts), dtype=np.int64)  # on text, on pictures

@@ -2,7 +2,7 @@
 
 A label says that a concept fires, above some activation, on the tokens of one to four values of one
 family ("mug or glass patches"). It is chosen on one half of the pictures, as the label of largest
-F1, and judged on the other half.
+F1 after :data:`PRIOR`, and judged on the other half.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
 from segcompass.explain.concept_counts import BINS, EDGES, FeatureCounts
-from segcompass.explain.token_features import FAMILIES, QUOTED, VALUES, Feature, Vocabulary
+from segcompass.explain.vocabulary import FAMILIES, QUOTED, VALUES, Feature, Vocabulary
 
 MOST_VALUES = 4
+PRIOR = 4  # tokens without firing that every value is taken to have had besides: rare ones mislead
 WORTH = 0.02  # a further value must raise F1 by at least this much
 
 
@@ -140,12 +141,12 @@ def _best(
     free = np.ones(hits.shape, dtype=bool)
     picked: list[np.ndarray] = []
     for _ in range(min(MOST_VALUES, len(hits))):
-        trial = 2 * (both + hits) / np.maximum(fires + size + tokens[:, None], 1)
+        trial = 2 * (both + hits) / (fires + size + tokens[:, None] + PRIOR)
         trial = np.where(free, trial, -1.0)
         row = trial.argmax(axis=0)
         better = trial[row, levels] >= f1 + (WORTH if picked else 0.0)
         both = both + np.where(better, hits[row, levels], 0)
-        size = size + np.where(better, tokens[row], 0)
+        size = size + np.where(better, tokens[row] + PRIOR, 0)
         f1 = np.where(better, trial[row, levels], f1)
         free[row, levels] = False
         picked.append(np.where(better, row, -1))

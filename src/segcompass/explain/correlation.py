@@ -17,7 +17,7 @@ from segcompass.geometry import Frame, masks_to_grid
 from segcompass.io import masks
 from segcompass.learning.losses import dice_loss
 from segcompass.learning.matching import match
-from segcompass.types import Prediction, Sample
+from segcompass.types import Prediction, Sample, given
 
 HOT = 0.5  # a heatmap counts as a mask where it is above this
 RANGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the conclusion's F1; the last range is [0.75, 1]
@@ -42,7 +42,7 @@ def quality(sample: Sample, prediction: Prediction) -> Quality:
     """Judge one answer stage by stage."""
     answered = prediction.status.well_formed
     # Saved predictions keep heatmaps in half precision; judging live ones alike gives one result.
-    heat = np.asarray((prediction.heatmaps.astype(np.float16) > HOT).any(axis=0))
+    heat = np.asarray((given(prediction.heatmaps, "heatmaps").astype(np.float16) > HOT).any(axis=0))
     errors = prediction.sae_errors
     return Quality(
         sample_id=sample.sample_id,

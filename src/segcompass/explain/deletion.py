@@ -17,7 +17,7 @@ from segcompass.explain.provenance import READINGS, provenance
 from segcompass.explain.replay import head_inputs, replay
 from segcompass.io import masks
 from segcompass.pipeline import SegCompass
-from segcompass.types import Prediction, Sample
+from segcompass.types import Prediction, Sample, given
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the concepts that fire in an answer
 CURVES = ("deletion", "insertion")
@@ -52,7 +52,8 @@ class Surgery:
     def __init__(self, model: SegCompass, sample: Sample, prediction: Prediction) -> None:
         self.model, self.sample, self.prediction = model, sample, prediction
         self.inputs = head_inputs(model, prediction)
-        self.active: Order = np.unique(prediction.codes.columns.numpy())
+        self.codes = given(prediction.codes, "concepts")
+        self.active: Order = np.unique(self.codes.columns.numpy())
         self.target = masks.union(sample.targets, sample.image_hw)
         self.ignore = None if sample.ignore is None else masks.decode(sample.ignore)
 
@@ -60,9 +61,9 @@ class Surgery:
         """What is found with these concepts alone, for each choice."""
         variants = []
         for concepts in kept:
-            stays = torch.zeros(self.prediction.codes.n_columns, dtype=torch.bool)
+            stays = torch.zeros(self.codes.n_columns, dtype=torch.bool)
             stays[torch.from_numpy(concepts)] = True
-            variants.append(select_columns(self.prediction.codes, stays))
+            variants.append(select_columns(self.codes, stays))
         return list(replay(self.model, self.prediction, variants, self.inputs))
 
     def drop(self, dropped: Sequence[Order]) -> list[Prediction]:
@@ -107,7 +108,7 @@ def try_out(
     slots = provenance(model, prediction)
     weights = np.stack([rank_weights(slot.concept_weights) for slot in slots])
     first = _ranked(weights.sum(0), surgery.active)
-    codes = prediction.codes
+    codes = surgery.codes
     activation = np.bincount(codes.columns.numpy(), codes.values.numpy(), codes.n_columns)
     drawn = [surgery.curves(rng.permutation(surgery.active)) for _ in range(draws)]
     by_activation = surgery.curves(_ranked(activation, surgery.active))

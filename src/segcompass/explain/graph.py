@@ -34,7 +34,7 @@ def graph(slots: Sequence[SlotProvenance], top: int = 6) -> dict[str, list[dict[
     nodes: dict[str, dict[str, Any]] = {}
     edges: list[dict[str, Any]] = []
     for slot in slots:
-        codes, prediction = slot.prediction.codes, slot.prediction
+        codes, prediction = slot.codes, slot.prediction
         groups = token_groups(prediction, slot.slot)
         head = f"slot-{slot.slot}"
         score = float(prediction.slot_scores[slot.slot])

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from segcompass.explain.intervals import bootstrap
 from segcompass.explain.token_regions import pixel_counts
 from segcompass.io.masks import decode
-from segcompass.io.outputs import code_matrix
+from segcompass.io.readings import code_matrix
 from segcompass.types import Prediction, Sample, TokenKind
 
 PERCENT = (1, 2, 5, *range(10, 101, 5))

@@ -126,34 +126,36 @@ class _Path:
         self.slots = torch.tensor(list(slots), device=inputs.keys.device)
         with torch.no_grad():
             self.y = interface.codebook.embed(inputs.codes)  # (L, C)
-            _, low_res = self._run(self.y[None])
-            covered = low_res[0] > 0  # (n, 4h, 4w)
+            _, low_res = self._run(self.y.expand(len(slots), -1, -1))
+            covered = low_res > 0  # (n, 4h, 4w)
             covered |= ~covered.any(-1, keepdim=True).any(-2, keepdim=True)
         self.regions = covered / covered.sum((-1, -2), keepdim=True)
         nodes, weights = np.polynomial.legendre.leggauss(NODES)
         self.nodes, self.node_weights = (nodes + 1) / 2, weights / 2  # over [0, 1]
 
-    def scalars(self, y: Float[Tensor, "N L C"]) -> Float[Tensor, "N n"]:
-        """Confidence logits of the slots, then the mean logits of their masks."""
+    def scalars(self, y: Float[Tensor, "Nn L C"]) -> tuple[Float[Tensor, "N n"], ...]:
+        """Confidence logits of the slots, and mean logits of their masks; each has its own y."""
         confidence, low_res = self._run(y)
-        return torch.cat([confidence, (low_res * self.regions).sum((-1, -2))], dim=1)
+        low_res = low_res.view(-1, *self.regions.shape)
+        masks = (low_res * self.regions).sum((-1, -2))
+        return confidence.view_as(masks), masks
 
     @torch.no_grad()
-    def values(self, at: float) -> Float[Tensor, "n"]:
+    def values(self, at: float) -> Float[Tensor, "2n"]:
         """The scalars at one point of the path, in double precision."""
-        return self.scalars(at * self.y[None])[0].double()
+        return torch.cat(self.scalars((at * self.y).expand(len(self.slots), -1, -1)), 1)[0].double()
 
-    def panel(self, start: float, end: float, before: Float[Tensor, "n"]) -> _Panel:
+    def panel(self, start: float, end: float, before: Float[Tensor, "2n"]) -> _Panel:
         """Integrate from ``start``, where the scalars are ``before``, to ``end``."""
         at = self.y.new_tensor(start + (end - start) * self.nodes)
-        node_weights = self.y.new_tensor((end - start) * self.node_weights)[:, None, None]
-        y = (at[:, None, None] * self.y).requires_grad_()  # (N, L, C)
-        totals = self.scalars(y).sum(0)
-        rows = []
-        for i, total in enumerate(totals):
-            more = i + 1 < len(totals)
+        node_weights = self.y.new_tensor((end - start) * self.node_weights)
+        y = (at[:, None, None] * self.y).repeat_interleave(len(self.slots), dim=0).requires_grad_()
+        confidences, masks = self.scalars(y)  # slots share no y: one pass back serves all of them
+        rows: list[Tensor] = []
+        for total, more in ((confidences.sum(), True), (masks.sum(), False)):
             (gradient,) = torch.autograd.grad(total, y, retain_graph=more)
-            rows.append(self._share_out((node_weights * gradient).sum(0)))
+            gradient = gradient.view(NODES, -1, *self.y.shape)
+            rows += map(self._share_out, torch.einsum("n,nklc->klc", node_weights, gradient))
         weights, values = torch.stack(rows), self.values(end)
         return _Panel(start, end, weights, values, values - before - weights.sum(1))
 
@@ -164,22 +166,20 @@ class _Path:
         return codes.values.double() * along
 
     def _run(
-        self, y: Float[Tensor, "N L C"]
-    ) -> tuple[Float[Tensor, "N n"], Float[Tensor, "N n 4h 4w"]]:
-        """Confidence logits and mask logits of the chosen slots."""
-        inputs, count, rows = self.inputs, len(self.slots), len(y)
+        self, y: Float[Tensor, "Nn L C"]
+    ) -> tuple[Float[Tensor, "Nn"], Float[Tensor, "Nn 4h 4w"]]:
+        """Confidence logit and mask logits of one slot of each row, the chosen ones in turn."""
+        inputs, rows = self.inputs, len(y)
         keys = inputs.keys.expand(rows, -1, -1, -1)
         readable = inputs.readable.expand(rows, -1)
         concepts = self.interface.codebook.aggregate(y, readable)
         tokens = inputs.tokens.to(y.dtype).expand(rows, -1, -1)
         queries = self.interface.fusion(tokens, concepts.vectors, inputs.gates)
-        slots = self.interface.mapper(queries, keys, inputs.padding.expand(rows, -1, -1))
-        select = (
-            torch.arange(rows, device=y.device).repeat_interleave(count),
-            self.slots.repeat(rows),
-        )
-        low_res = self.interface.decode(keys, slots, frames=[inputs.frame] * rows, select=select)
-        return slots.confidence_logits[:, self.slots], low_res.view(rows, count, *low_res.shape[1:])
+        frames = [inputs.frame] * rows
+        found = self.interface.ground(queries, keys, frames)
+        select = torch.arange(rows, device=y.device), self.slots.repeat(rows // len(self.slots))
+        low_res = self.interface.decode(keys, found, frames=frames, select=select)
+        return found.confidence_logits[select], low_res
 
 
 def codebook_shares(interface: ConceptSlots, codes: SparseCodes) -> np.ndarray:

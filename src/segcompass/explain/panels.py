@@ -13,7 +13,7 @@ from segcompass.explain.figures import INK, SOFT, STYLE, save_figure
 from segcompass.explain.instance_coverage import magnitudes
 from segcompass.io.outputs import overlay
 from segcompass.io.sheets import plain
-from segcompass.types import Prediction
+from segcompass.types import Prediction, given
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,8 +56,9 @@ def _row(axes: Sequence[Axes], prediction: Prediction, quality: Quality) -> None
     dim = _dimmed(prediction.image_rgb)
     tokens.imshow(dim)
     _mark(tokens, prediction)
-    maps = prediction.heatmaps if len(prediction.heatmaps) else prediction.slot_heatmaps
-    warmth = maps.max(axis=0)
+    every = given(prediction.slot_heatmaps, "heatmaps")
+    accepted = every[prediction.accepted]
+    warmth = (accepted if len(accepted) else every).max(axis=0)
     heat.imshow(dim)
     heat.imshow(warmth, cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.8 * warmth)
     mask.imshow(overlay(prediction))

@@ -25,8 +25,9 @@ from segcompass.explain.integrated_gradients import (
 )
 from segcompass.explain.replay import head_inputs
 from segcompass.explain.token_regions import on_instance
+from segcompass.interfaces.concept_slots import with_concepts
 from segcompass.pipeline import SegCompass
-from segcompass.types import Prediction, TokenKind
+from segcompass.types import Prediction, SparseCodes, TokenKind, given
 
 SCHEMA = "segcompass.provenance/1"
 READINGS = ("confidence", "mask", "read")
@@ -57,15 +58,20 @@ class SlotProvenance:
         """Weights of all (token, concept) pairs, one column for each of READINGS."""
         return np.stack([self.confidence.weights, self.mask.weights, self.read], axis=1)
 
+    @property
+    def codes(self) -> SparseCodes:
+        """The (token, concept) pairs that the weights are of."""
+        return given(self.prediction.codes, "concepts")
+
     @cached_property
     def concept_weights(self) -> Float[np.ndarray, "S 3"]:
         """Weights of all concepts."""
-        return self._sum(self.prediction.codes.columns.numpy(), self.prediction.codes.n_columns)
+        return self._sum(self.codes.columns.numpy(), self.codes.n_columns)
 
     @cached_property
     def token_weights(self) -> Float[np.ndarray, "L 3"]:
         """Weights of all tokens."""
-        return self._sum(self.prediction.codes.rows.numpy(), self.prediction.codes.n_rows)
+        return self._sum(self.codes.rows.numpy(), self.codes.n_rows)
 
     def concepts(self, top: int = 10, by: str = "confidence") -> list[Weight]:
         """The concepts of largest weight, for or against, in one of READINGS."""
@@ -111,9 +117,11 @@ def provenance(
     if not chosen or not all(0 <= slot < count for slot in chosen):
         raise ValueError(f"slots {chosen}: choose some of 0 to {count - 1}")
     inputs = head_inputs(model, prediction)
-    confidences, masks = integrated_gradients(model.interface, inputs, chosen)
-    shares = codebook_shares(model.interface, inputs.codes)
-    attention = prediction.slot_attention[:, prediction.codes.rows.numpy()]  # (K, nnz)
+    interface = with_concepts(model.interface)
+    confidences, masks = integrated_gradients(interface, inputs, chosen)
+    shares = codebook_shares(interface, inputs.codes)
+    rows = inputs.codes.rows.cpu().numpy()
+    attention = given(prediction.slot_attention, "slot attention")[:, rows]  # (K, nnz)
     return [
         SlotProvenance(prediction, slot, confidence, mask, shares * attention[slot])
         for slot, confidence, mask in zip(chosen, confidences, masks, strict=True)
@@ -213,7 +221,7 @@ def table(slots: Sequence[SlotProvenance], top: int = 10) -> list[dict[str, str]
 
 
 def _main_token(slot: SlotProvenance, concept: int) -> str:
-    codes = slot.prediction.codes
+    codes = slot.codes
     pairs = np.flatnonzero(codes.columns.numpy() == concept)
     heaviest = pairs[np.abs(slot.pairs[pairs, 0]).argmax()]
     return token_label(slot.prediction, int(codes.rows[heaviest]))

@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segcompass.concepts.sparse_codes import concat, to_host
-from segcompass.geometry import Frame, padding_mask
+from segcompass.geometry import Frame
 from segcompass.interfaces.base import PATHS
-from segcompass.interfaces.concept_slots import READ_BY_SAE
+from segcompass.interfaces.concept_slots import READ_BY_SAE, with_concepts
 from segcompass.interfaces.readout import read_out, to_numpy
 from segcompass.pipeline import SegCompass
-from segcompass.types import Prediction, SparseCodes, Status
+from segcompass.types import Prediction, SparseCodes, Status, given
 
 VARIANTS_AT_ONCE = 8  # rows of one pass: each decodes K masks
 
@@ -32,7 +32,6 @@ class HeadInputs(NamedTuple):
     readable: Bool[Tensor, "1 L"]
     tokens: Float[Tensor, "1 K D"]  # states at the concentration tokens
     keys: Float[Tensor, "1 C h w"]
-    padding: Bool[Tensor, "1 h w"]
     gates: Float[Tensor, "1 2"]
     frame: Frame
 
@@ -59,11 +58,12 @@ def head_inputs(model: SegCompass, prediction: Prediction) -> HeadInputs:
     keys = model.encoder(pixels)
     kinds = torch.from_numpy(prediction.token_kinds)
     return HeadInputs(
-        codes=_to_device(prediction.codes, keys.device),
+        codes=_to_device(given(prediction.codes, "concepts"), keys.device),
         readable=torch.isin(kinds, torch.tensor(READ_BY_SAE)).to(keys.device)[None],
-        tokens=torch.from_numpy(prediction.concentration_states).to(keys.device)[None],
+        tokens=torch.from_numpy(given(prediction.concentration_states, "states")).to(keys.device)[
+            None
+        ],
         keys=keys,
-        padding=padding_mask(frames, keys.shape[-1], keys.device),
         gates=keys.new_tensor([PATHS[prediction.paths]]),
         frame=frames[0],
     )
@@ -100,17 +100,18 @@ def _replay(
 ) -> list[Prediction]:
     rows = len(variants)
     keys = inputs.keys.expand(rows, -1, -1, -1)
-    alignment = model.interface.align_codes(
+    interface = with_concepts(model.interface)
+    alignment = interface.align_codes(
         concat([_to_device(codes, keys.device) for codes in variants]),
         inputs.readable.expand(rows, -1),
         inputs.tokens.expand(rows, -1, -1),
         keys,
-        padding=inputs.padding.expand(rows, -1, -1),
+        frames=[inputs.frame] * rows,
         need_attention=True,
         gates=inputs.gates,
     )
-    low_res = model.interface.decode(keys, alignment.slots, frames=[inputs.frame] * rows)
-    assert alignment.slot_attention is not None
+    low_res = interface.decode(keys, alignment, frames=[inputs.frame] * rows)
+    attention = given(alignment.slot_attention, "slot attention")
     return [
         replace(
             prediction,
@@ -123,7 +124,7 @@ def _replay(
                 threshold=prediction.threshold,
             ),
             codes=to_host(codes),
-            slot_attention=to_numpy(alignment.slot_attention[row]),
+            slot_attention=to_numpy(attention[row]),
             timings={},
         )
         for row, codes in enumerate(variants)
@@ -140,12 +141,19 @@ def _to_device(codes: SparseCodes, device: torch.device) -> SparseCodes:
 
 
 def _same_model(model: SegCompass, prediction: Prediction) -> None:
-    concepts = model.interface.codebook.config.d_sae
+    concepts = with_concepts(model.interface).codebook.config.d_sae
     expected = (model.policy.slots, model.policy.width)
-    found = prediction.concentration_states.shape
-    if prediction.codes.n_columns != concepts or found != expected:
+    found = given(prediction.concentration_states, "states").shape
+    over = given(prediction.codes, "concepts").n_columns
+    if over != concepts or found != expected:
         raise ValueError(
-            f"the prediction is of model {prediction.model!r}, with {prediction.codes.n_columns} "
-            f"concepts and concentration states {found}; {model.name!r} has {concepts} and "
+            f"the prediction is of model {prediction.model!r}, with {over} concepts and "
+            f"concentration states {found}; {model.name!r} has {concepts} and "
             f"{expected}: explain it with the model that made it"
+        )
+    made, loaded = prediction.fingerprint, model.fingerprint
+    if made and loaded and made != loaded:
+        raise ValueError(
+            f"the prediction is of model {prediction.model!r} with fingerprint {made}; "
+            f"{model.name!r} has {loaded}: explain it with the model that made it"
         )

@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from scipy.ndimage import center_of_mass
 
-from segcompass.concepts.sparse_codes import select_rows, to_host
 from segcompass.data.scenes.catalog import cell_of
 from segcompass.data.scenes.grammar import REACH, closing, distance, resolve
-from segcompass.geometry import padding_mask
 from segcompass.interfaces.base import PATHS
-from segcompass.interfaces.readout import read_out, to_numpy
+from segcompass.interfaces.readout import read_out, read_tokens, to_numpy
 from segcompass.pipeline import SegCompass
 from segcompass.types import NamedObject, Prediction, Sample, Status, TokenKind
 
@@ -38,14 +36,13 @@ def retell(model: SegCompass, prediction: Prediction, thought: str) -> Predictio
     alignment = model.interface.align(
         states,
         keys,
-        padding=padding_mask(frames, keys.shape[-1], keys.device),
+        frames=frames,
         need_attention=True,
         gates=keys.new_tensor([PATHS[prediction.paths]]),
     )
-    low_res = model.interface.decode(keys, alignment.slots, frames=frames)
+    low_res = model.interface.decode(keys, alignment, frames=frames)
     real = states.token_kinds[0] != TokenKind.PADDING
     said = sequences.ids[0][sequences.kinds[0] >= TokenKind.THOUGHT]
-    assert alignment.slot_attention is not None
     return replace(
         prediction,
         **read_out(
@@ -56,14 +53,10 @@ def retell(model: SegCompass, prediction: Prediction, thought: str) -> Predictio
             status=Status.OK,
             threshold=prediction.threshold,
         ),
+        **read_tokens(alignment, states.token_kinds, 0),
         text=model.policy.prompt.decode(said.tolist()),
         reasoning=thought,
         concentration_states=to_numpy(states.concentration_states[0]),
-        slot_attention=to_numpy(alignment.slot_attention[0][:, real]),
-        sae_errors=None
-        if alignment.sae_errors is None
-        else to_numpy(alignment.sae_errors[0][real]),
-        codes=to_host(select_rows(alignment.codes, real)),
         tokens=tuple(model.policy.token_texts(states.token_ids[0][real].tolist())),
         token_kinds=to_numpy(states.token_kinds[0][real]),
         timings={},

@@ -17,7 +17,7 @@ from segcompass.explain.retell import corruptions, points_at, retell
 from segcompass.explain.thoughts import answer_f1
 from segcompass.io import masks
 from segcompass.pipeline import SegCompass
-from segcompass.types import Prediction, Sample
+from segcompass.types import Prediction, Sample, given
 
 FOUND = 0.5  # IoU from which a mask counts as right
 
@@ -115,7 +115,7 @@ def _means(sums: Float[np.ndarray, "r c"]) -> Float[np.ndarray, "r half"]:
 
 def _heat(prediction: Prediction) -> Float[np.ndarray, "h w"]:
     """Where the model looks: the slots' heatmaps, each as strong as it is confident."""
-    heat = 1 / (1 + np.exp(-prediction.heatmap_logits))
+    heat = 1 / (1 + np.exp(-given(prediction.heatmap_logits, "heatmaps")))
     return np.asarray((prediction.slot_scores[:, None, None] * heat).max(0))
 
 

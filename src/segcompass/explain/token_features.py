@@ -1,102 +1,29 @@
-"""What is known about each token without asking the model: the vocabulary of concept labels.
+"""What is known about each token without asking the model, as features of concept labels.
 
-A feature is a value of a family, such as ("colour", "red"). The values of one family never share a
-token, so the tokens of several values are counted by adding. Words, places and targets are known
-for every data set, looks for scenes alone.
+Words, places and targets are known for every data set; looks and relations for scenes alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from segcompass.data.samples import ImageRecord
-from segcompass.data.scenes.catalog import CATEGORIES, COLOURS, SIZES, TEXTURES, cell_of
+from segcompass.data.scenes.catalog import cell_of
 from segcompass.explain.token_regions import INSTANCE, on_instance, shares
-from segcompass.explain.words import words
+from segcompass.explain.token_words import word_features
+from segcompass.explain.vocabulary import Feature
 from segcompass.io import masks
-from segcompass.types import Prediction, Sample, TokenKind
+from segcompass.types import NamedObject, Prediction, Sample, TokenKind
 
-# Each family and how its values are read on a card; earlier ones win ties.
-FAMILIES: dict[str, str] = {
-    "category": "{} patches",
-    "colour": "{} patches",
-    "look": "{} patches",
-    "size": "patches of {} things",
-    "texture": "patches of {} things",
-    "thing": "patches of {}",
-    "row": "patches in row {}",
-    "column": "patches in column {}",
-    "cell": "patches at {}",
-    "target": "patches of {}",
-    "word": "the word {}",
-    "piece": "the piece {}",
-    "colour anywhere": "{}, in picture and words",
-    "category anywhere": "{}, in picture and words",
-    "word class": "words for {}",
-    "next": "before the word {}",
-    "next class": "before words for {}",
-    "phrase": "the end of {}",
-    "after": "after the word {}",
-    "kind": "{} tokens",
-}
-QUOTED = ("word", "piece", "next", "phrase", "after")
-VALUES = 10_000  # of each family; those met later are not counted
-VOCABULARY = VALUES * len(FAMILIES)
 _KINDS = {
     TokenKind.TEMPLATE: "template",
     TokenKind.IMAGE: "picture",
     TokenKind.INSTRUCTION: "question",
     TokenKind.THOUGHT: "thought",
 }
-_CATEGORY_OF = {form: c.name for c in CATEGORIES.values() for form in (c.name, c.plural)}
-_CLASSES: dict[str, str] = {
-    **dict.fromkeys(COLOURS, "colours"),
-    **dict.fromkeys(_CATEGORY_OF, "categories"),
-    **dict.fromkeys(SIZES, "sizes"),
-    **dict.fromkeys(TEXTURES, "textures"),
-    **{f"{row}{column}": "places" for row in "abcdefgh" for column in range(1, 9)},
-}
-
-
-class Feature(NamedTuple):
-    """A value of a family."""
-
-    family: str
-    value: str
-
-
-class Vocabulary:
-    """Numbers features as they are met; a family's numbers begin at its place times VALUES."""
-
-    def __init__(self) -> None:
-        self._families: dict[str, dict[str, int]] = {family: {} for family in FAMILIES}
-        self._starts = {family: place * VALUES for place, family in enumerate(FAMILIES)}
-
-    def feature(self, number: int) -> Feature:
-        """The feature of a number."""
-        family = [*FAMILIES][number // VALUES]
-        return Feature(family, self.family(family)[0][number % VALUES])
-
-    def family(self, name: str) -> tuple[list[str], slice]:
-        """The values of a family, and the numbers of its features."""
-        known, start = self._families[name], self._starts[name]
-        return [*known], slice(start, start + len(known))
-
-    def table(self, found: Iterator[tuple[int, Feature]], n_tokens: int) -> csr_array:
-        """Tokens and their features as a binary (n_tokens, VOCABULARY) matrix."""
-        rows, columns = [], []
-        for token, feature in found:
-            known = self._families[feature.family]
-            if len(known) < VALUES or feature.value in known:
-                rows.append(token)
-                place = known.setdefault(feature.value, len(known))
-                columns.append(self._starts[feature.family] + place)
-        shape = (n_tokens, VOCABULARY)
-        return csr_array((np.ones(len(rows), dtype=np.int32), (rows, columns)), shape=shape)
+_NEAR = 2  # cells of the map, across or along, between neighbours
 
 
 def token_features(
@@ -112,70 +39,104 @@ def token_features(
     for token, kind in enumerate(prediction.token_kinds.tolist()):
         if kind in _KINDS:
             yield token, Feature("kind", _KINDS[TokenKind(kind)])
+        if kind == TokenKind.TEMPLATE:
+            yield token, Feature("mark", prediction.tokens[token].strip())
     scene = scenes.get(sample.image_id)
-    yield from _of_words(prediction, looks=scene is not None)
+    yield from word_features(prediction, looks=scene is not None)
     image = np.flatnonzero(prediction.token_kinds == TokenKind.IMAGE).tolist()
-    yield from _of_places(sample, prediction, image)
+    cells = _cells(sample, prediction)
+    yield from _of_places(sample, prediction, image, cells)
     if scene is not None:
-        yield from _of_things(scene, prediction, image)
+        yield from _of_things(sample, scene, prediction, image, cells)
 
 
-def _of_words(prediction: Prediction, *, looks: bool) -> Iterator[tuple[int, Feature]]:
-    spoken = words(prediction)
-    before = [None, *(word.text for word in spoken[:-1])]
-    after = [*(word.text for word in spoken[1:]), None]
-    for word, previous, following in zip(spoken, before, after, strict=True):
-        for token in word.tokens:
-            yield token, Feature("word", word.text)
-            if len(word.tokens) > 1:
-                yield token, Feature("piece", prediction.tokens[token].strip())
-            if previous is not None:
-                yield token, Feature("after", previous)
-                yield token, Feature("phrase", f"{previous} {word.text}")
-            if looks:
-                yield from ((token, feature) for feature in _meanings(word.text))
-        if following is not None:
-            yield word.tokens[-1], Feature("next", following)
-            if looks and following in _CLASSES:
-                yield word.tokens[-1], Feature("next class", _CLASSES[following])
-
-
-def _meanings(word: str) -> Iterator[Feature]:
-    """What a word of the scenes' language stands for."""
-    if word in _CLASSES:
-        yield Feature("word class", _CLASSES[word])
-    if word in COLOURS:
-        yield Feature("colour anywhere", word)
-    if word in _CATEGORY_OF:
-        yield Feature("category anywhere", _CATEGORY_OF[word])
+def _cells(sample: Sample, prediction: Prediction) -> list[str]:
+    """The cell of the map in which each image token has its middle."""
+    height, width = sample.image_hw
+    return [
+        cell_of((x0 + x1) / 2 / width, (y0 + y1) / 2 / height)
+        for x0, y0, x1, y1 in prediction.token_boxes
+    ]
 
 
 def _of_places(
-    sample: Sample, prediction: Prediction, image: list[int]
+    sample: Sample, prediction: Prediction, image: Sequence[int], cells: Sequence[str]
 ) -> Iterator[tuple[int, Feature]]:
-    height, width = sample.image_hw
     target = on_instance(prediction.token_boxes, masks.union(sample.targets, sample.image_hw))
-    for token, (x0, y0, x1, y1), wanted in zip(image, prediction.token_boxes, target, strict=True):
-        cell = cell_of((x0 + x1) / 2 / width, (y0 + y1) / 2 / height)
+    for token, cell, wanted in zip(image, cells, target, strict=True):
         yield token, Feature("row", cell[0])
         yield token, Feature("column", cell[1])
         yield token, Feature("cell", cell)
+        yield token, Feature("place anywhere", cell)
         yield token, Feature("target", "the target" if wanted else "the rest")
 
 
 def _of_things(
-    scene: ImageRecord, prediction: Prediction, image: list[int]
+    sample: Sample,
+    scene: ImageRecord,
+    prediction: Prediction,
+    image: Sequence[int],
+    cells: Sequence[str],
 ) -> Iterator[tuple[int, Feature]]:
+    """Of the thing that covers most of a patch: its look, and how it stands to the target."""
     parts = shares(prediction.token_boxes, np.stack([masks.decode(rle) for rle in scene.masks]))
-    for token, covered in zip(image, parts.T, strict=True):
+    centres = (prediction.token_boxes[:, :2] + prediction.token_boxes[:, 2:]) / 2
+    middles = [np.average(centres, axis=0, weights=part + 1e-9) for part in parts]
+    targets = [thing for thing in scene.objects if thing.ann_id in sample.target_ids]
+    relations = [[*_relations(thing, targets)] for thing in scene.objects]
+    for token, cell, covered, centre in zip(image, cells, parts.T, centres, strict=True):
         best = int(covered.argmax())
         if covered[best] < INSTANCE:
             yield token, Feature("thing", "the background")
+            yield token, Feature("filled", f"the background at {cell}")
             continue
-        thing = scene.objects[best]
         yield token, Feature("thing", "things")
-        yield token, Feature("look", f"{thing.colour} {thing.category}")
-        for family in ("category", "colour", "size", "texture"):
-            yield token, Feature(family, getattr(thing, family))
-        yield token, Feature("colour anywhere", thing.colour)
-        yield token, Feature("category anywhere", thing.category)
+        yield token, Feature("filled", f"things at {cell}")
+        yield token, Feature("part", _part(centre - middles[best], prediction))
+        features = [*_looks(scene.objects[best], cell), *relations[best]]
+        yield from ((token, feature) for feature in features)
+
+
+def _looks(thing: NamedObject, cell: str) -> Iterator[Feature]:
+    for family in ("category", "colour", "size", "texture"):
+        yield Feature(family, getattr(thing, family))
+    yield Feature("look", f"{thing.colour} {thing.category}")
+    yield Feature("build", f"{thing.size} {thing.colour} {thing.texture}")
+    yield Feature("colour in row", f"{thing.colour} things in row {cell[0]}")
+    yield Feature("colour in column", f"{thing.colour} things in column {cell[1]}")
+    yield Feature("colour anywhere", thing.colour)
+    yield Feature("category anywhere", thing.category)
+
+
+def _part(offset: np.ndarray, prediction: Prediction) -> str:
+    """On which side of its thing a patch lies."""
+    x, y = offset / (prediction.token_boxes[0, 2:] - prediction.token_boxes[0, :2])
+    if max(abs(x), abs(y)) < 0.5:
+        return "middle"
+    if abs(x) > abs(y):
+        return "left" if x < 0 else "right"
+    return "top" if y < 0 else "bottom"
+
+
+def _relations(thing: NamedObject, targets: Sequence[NamedObject]) -> Iterator[Feature]:
+    """How a thing stands to all targets; nothing where it is one, or where there are none."""
+    if not targets or any(thing.ann_id == target.ann_id for target in targets):
+        return
+    rows = {ord(thing.cell[0]) - ord(target.cell[0]) for target in targets}
+    columns = {int(thing.cell[1]) - int(target.cell[1]) for target in targets}
+    if max(columns) < 0 or min(columns) > 0:
+        side = "left" if max(columns) < 0 else "right"
+        yield Feature("beside", f"{side} of the target")
+    if max(rows) < 0 or min(rows) > 0:
+        yield Feature("above", f"{'above' if max(rows) < 0 else 'below'} the target")
+    near = any(
+        abs(ord(thing.cell[0]) - ord(t.cell[0])) <= _NEAR
+        and abs(int(thing.cell[1]) - int(t.cell[1])) <= _NEAR
+        for t in targets
+    )
+    yield Feature("nearness", "near the target" if near else "far from the target")
+    colour = any(thing.colour == target.colour for target in targets)
+    category = any(thing.category == target.category for target in targets)
+    if colour or category:
+        shared = " and ".join(["colour"] * colour + ["category"] * category)
+        yield Feature("likeness", f"of the target's {shared}")

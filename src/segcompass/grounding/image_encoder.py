@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -26,6 +27,8 @@ _VIT = {  # width, layers, heads, layers with global attention
     "vit-l": (1024, 24, 16, (5, 11, 17, 23)),
     "vit-h": (1280, 32, 16, (7, 15, 23, 31)),
 }
+_NANO = {"nano": (96, 4), "nano-s": (64, 2), "nano-l": (128, 6)}  # width, layers
+SIZES = (*_NANO, *_VIT)
 _POSITIONS: dict[str, Any] = {"scale": 1}  # std of the random positional frequencies
 
 
@@ -37,7 +40,8 @@ def sam_config(name: str) -> SamConfig:
     SAM itself has 1. Both are set here; loaded weights replace them anyway.
 
     Args:
-        name: ``vit-b``, ``vit-l``, ``vit-h`` (the released SAM sizes) or ``nano``.
+        name: ``vit-b``, ``vit-l``, ``vit-h`` (the released SAM sizes), ``nano``, or for comparison
+            ``nano-s`` and ``nano-l``.
 
     Returns:
         A config for ``transformers.SamModel``.
@@ -45,10 +49,10 @@ def sam_config(name: str) -> SamConfig:
     Raises:
         ValueError: If the name is unknown.
     """
-    if name == "nano":
-        return _nano_config()
+    if name in _NANO:
+        return _nano_config(*_NANO[name])
     if name not in _VIT:
-        raise ValueError(f"unknown segmenter {name!r}; choose one of {[*_VIT, 'nano']}")
+        raise ValueError(f"unknown segmenter {name!r}; choose one of {list(SIZES)}")
     width, layers, heads, global_layers = _VIT[name]
     vision = SamVisionConfig(
         hidden_size=width,
@@ -61,19 +65,19 @@ def sam_config(name: str) -> SamConfig:
     return SamConfig(vision_config=vision)
 
 
-def _nano_config() -> SamConfig:
-    """A segmenter of 0.7 M parameters: 160 px, patches of 8, a 20×20 grid of 64 channels."""
+def _nano_config(width: int, layers: int) -> SamConfig:
+    """A segmenter of under 2 M parameters: 160 px, patches of 8, a 20×20 grid of 64 channels."""
     side, patch, channels = 160, 8, 64
     vision = SamVisionConfig(
         image_size=side,
         patch_size=patch,
-        hidden_size=96,
-        num_hidden_layers=4,
+        hidden_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        mlp_dim=384,
+        mlp_dim=4 * width,
         output_channels=channels,
         window_size=10,
-        global_attn_indexes=[1, 3],
+        global_attn_indexes=list(range(1, layers, 2)),
         num_pos_feats=channels // 2,  # sine and cosine fill the channels of the keys
         use_rel_pos=False,  # saves 40 % of the time; the absolute positions remain
         initializer_range=0.06,  # about 1/sqrt(3 * width), torch's own start
@@ -97,34 +101,20 @@ def _nano_config() -> SamConfig:
     )
 
 
-class ImageEncoder(nn.Module):
-    """Encode images into keys (Eq. 2, ``K = F_enc(x_img)``) with SAM's vision encoder.
+class FramedPictures(nn.Module, ABC):
+    """How pictures of any size reach a segmenter: in its square frame, normalised, as a batch."""
 
-    The module borrows ``sam.vision_encoder``: training it trains ``sam``, and
-    ``sam.save_pretrained`` writes it to a plain Hugging Face folder.
-    """
-
-    def __init__(self, sam: SamModel) -> None:
-        """Take the vision encoder of ``sam``; raises ValueError for sizes SAM cannot frame."""
+    def __init__(self, side: int) -> None:
         super().__init__()
-        config = cast(SamVisionConfig, sam.config.vision_config)
-        if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int):
-            raise ValueError(
-                f"the segmenter's frame must be square with square patches, got image_size="
-                f"{config.image_size} and patch_size={config.patch_size}"
-            )
-        if config.image_size % config.patch_size:
-            raise ValueError(
-                f"image_size {config.image_size} is no multiple of patch_size {config.patch_size}"
-            )
-        self.vision_encoder = sam.vision_encoder
-        self.side = config.image_size
-        self.grid = config.image_size // config.patch_size
-        self.channels = config.output_channels
+        self.side = side
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
+
+    @abstractmethod
+    def frame(self, hw: tuple[int, int]) -> Frame:
+        """Where a picture of this height and width lies in the frame."""
 
     def preprocess(
         self, images: Sequence[np.ndarray]
@@ -144,7 +134,7 @@ class ImageEncoder(nn.Module):
         """
         if not images:
             raise ValueError("no images to encode; pass at least one")
-        frames = [Frame.fit(image.shape[:2], self.side) for image in images]
+        frames = [self.frame(image.shape[:2]) for image in images]
         stacked = np.stack(
             [to_frame(image, frame) for image, frame in zip(images, frames, strict=True)]
         )
@@ -160,6 +150,34 @@ class ImageEncoder(nn.Module):
             row[:, frame.scaled_hw[0] :] = 0
             row[:, :, frame.scaled_hw[1] :] = 0
         return pixels
+
+
+class ImageEncoder(FramedPictures):
+    """Encode images into keys (Eq. 2, ``K = F_enc(x_img)``) with SAM's vision encoder.
+
+    The module borrows ``sam.vision_encoder``: training it trains ``sam``, and
+    ``sam.save_pretrained`` writes it to a plain Hugging Face folder.
+    """
+
+    def __init__(self, sam: SamModel) -> None:
+        """Take the vision encoder of ``sam``; raises ValueError for sizes SAM cannot frame."""
+        config = cast(SamVisionConfig, sam.config.vision_config)
+        if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int):
+            raise ValueError(
+                f"the segmenter's frame must be square with square patches, got image_size="
+                f"{config.image_size} and patch_size={config.patch_size}"
+            )
+        if config.image_size % config.patch_size:
+            raise ValueError(
+                f"image_size {config.image_size} is no multiple of patch_size {config.patch_size}"
+            )
+        super().__init__(config.image_size)
+        self.vision_encoder = sam.vision_encoder
+        self.grid = config.image_size // config.patch_size
+        self.channels = config.output_channels
+
+    def frame(self, hw: tuple[int, int]) -> Frame:
+        return Frame.fit(hw, self.side)
 
     def forward(self, pixels: Float[Tensor, "B 3 side side"]) -> Float[Tensor, "B C h w"]:
         """Encode preprocessed pixels into image keys; raises ValueError for another size."""

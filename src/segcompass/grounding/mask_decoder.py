@@ -8,7 +8,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import SamModel
 from transformers.models.sam.configuration_sam import (
     SamMaskDecoderConfig,
@@ -17,13 +17,14 @@ from transformers.models.sam.configuration_sam import (
 )
 
 from segcompass.geometry import Frame, padding_mask
+from segcompass.grounding.prompted_decoder import PromptedDecoder, check_prompts
 
 PADDING_LOGIT = -50.0  # what the mask prompt says where there is no image
 
 Select = tuple[Int[Tensor, " M"], Int[Tensor, " M"]]
 
 
-class MaskDecoder(nn.Module):
+class MaskDecoder(PromptedDecoder):
     """Decode one mask for each slot from its heatmap (Eq. 3).
 
     Source: Eq. 3; three convolutional blocks (SAM's mask-prompt path) and SAM's two-way
@@ -104,7 +105,7 @@ class MaskDecoder(nn.Module):
         if frames is not None:
             padding = padding_mask(frames, self.mask_side, keys.device)
             prompts = prompts.masked_fill(padding[rows], PADDING_LOGIT)
-        logits = self._decode(keys, rows, None, self.embed_masks(prompts))
+        logits, _ = self._decode(keys, rows, None, self.embed_masks(prompts))
         return logits.view(batch, slots, *logits.shape[1:]) if select is None else logits
 
     def mask_prompts(self, maps: Float[Tensor, "M h w"]) -> Float[Tensor, "M 4h 4w"]:
@@ -124,7 +125,7 @@ class MaskDecoder(nn.Module):
         embedded: Tensor = self.prompt_encoder.mask_embed(masks[:, None])
         return embedded
 
-    def decode_prompts(
+    def rated_prompts(
         self,
         keys: Float[Tensor, "B C h w"],
         rows: Int[Tensor, " M"],
@@ -134,8 +135,8 @@ class MaskDecoder(nn.Module):
         boxes: Float[Tensor, "M 4"] | None = None,
         masks: Float[Tensor, "M 4h 4w"] | None = None,
         best_of_three: bool = False,
-    ) -> Float[Tensor, "M 4h 4w"]:
-        """Decode masks from ordinary prompts; every prompt of one call is of the same kinds.
+    ) -> tuple[Float[Tensor, "M 4h 4w"], Float[Tensor, " M"]]:
+        """As of `PromptedDecoder`; the estimate is a regression and may lie outside [0, 1].
 
         Args:
             keys: image keys.
@@ -144,23 +145,13 @@ class MaskDecoder(nn.Module):
             labels: 1 object, 0 background, -10 ignored; all 1 where omitted.
             boxes: x0 y0 x1 y1 in px of the frame.
             masks: logits over the frame.
-            best_of_three: decode SAM's three alternatives and keep the one it rates best,
-                which suits ambiguous prompts such as a single point.
+            best_of_three: keep the best-rated of SAM's three alternatives.
 
         Raises:
             ValueError: When no prompt is given or sizes disagree.
         """
         self._check_keys(keys)
-        given = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
-        wrong = {
-            n: tuple(p.shape) for n, p in given.items() if p is not None and len(p) != len(rows)
-        }
-        if points is None and boxes is None and masks is None:
-            raise ValueError("no prompt given; pass points, boxes or masks")
-        if wrong or (labels is not None and points is None):
-            raise ValueError(
-                f"{len(rows)} prompts are announced by rows, got {wrong or 'labels only'}"
-            )
+        check_prompts(rows, points=points, boxes=boxes, masks=masks, labels=labels)
         if points is not None and labels is None:
             labels = torch.ones(points.shape[:2], dtype=torch.long, device=points.device)
         sparse, dense = self.prompt_encoder(
@@ -173,6 +164,32 @@ class MaskDecoder(nn.Module):
             dense = self.embed_masks(masks)
         return self._decode(keys, rows, sparse, dense, best_of_three=best_of_three)
 
+    def decode_queries(
+        self,
+        keys: Float[Tensor, "B C h w"],
+        queries: Float[Tensor, "B K C"],
+        *,
+        select: Select | None = None,
+    ) -> Float[Tensor, "*slots 4h 4w"]:
+        """Decode masks from queries that stand where embedded points or boxes would.
+
+        Args:
+            keys: image keys.
+            queries: sparse prompts, one for each mask.
+            select: (batch indices, slot indices) of the M slots to decode; all where omitted.
+        """
+        self._check_keys(keys)
+        batch, slots = queries.shape[:2]
+        if select is None:
+            rows = torch.arange(batch, device=keys.device).repeat_interleave(slots)
+            chosen = queries.flatten(0, 1)
+        else:
+            rows, chosen = select[0].to(keys.device), queries[select]
+        nothing = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        dense = nothing.expand(len(rows), -1, self.grid, self.grid)
+        logits, _ = self._decode(keys, rows, chosen[:, None, None], dense)
+        return logits.view(batch, slots, *logits.shape[1:]) if select is None else logits
+
     def _decode(
         self,
         keys: Float[Tensor, "B C h w"],
@@ -181,10 +198,11 @@ class MaskDecoder(nn.Module):
         dense: Float[Tensor, "M C h w"],
         *,
         best_of_three: bool = False,
-    ) -> Float[Tensor, "M 4h 4w"]:
+    ) -> tuple[Float[Tensor, "M 4h 4w"], Float[Tensor, " M"]]:
         """Run the two-way decoder with one prompt a row, gathering each prompt's image once."""
         if len(rows) == 0:  # stay attached to the graph: sums of nothing have zero gradients
-            return (dense.sum() + keys.sum() * 0).expand(0, self.mask_side, self.mask_side)
+            nothing = dense.sum() + keys.sum() * 0
+            return nothing.expand(0, self.mask_side, self.mask_side), nothing.expand(0)
         logits, iou = self.mask_decoder(
             image_embeddings=keys[rows],
             image_positional_embeddings=self._positions(),  # one for all: it broadcasts
@@ -193,8 +211,8 @@ class MaskDecoder(nn.Module):
             multimask_output=best_of_three,
         )
         best = iou[:, 0].argmax(-1) if best_of_three else torch.zeros_like(rows)
-        decoded: Tensor = logits[torch.arange(len(rows), device=keys.device), 0, best]
-        return decoded
+        chosen = (torch.arange(len(rows), device=keys.device), 0, best)
+        return logits[chosen], iou[chosen]
 
     def _positions(self) -> Float[Tensor, "1 C h w"]:
         """Positional embedding of the grid's cell centres, as SamModel computes it."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from segcompass.concepts.query_codebook import QueryCodebook, QueryCodebookConfig
@@ -19,8 +19,11 @@ from segcompass.concepts.sparse_codes import spread_rows
 from segcompass.geometry import Frame
 from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.grounding.slot_mapper import SlotMapper, SlotMapperConfig
-from segcompass.interfaces.base import Alignment
-from segcompass.types import ReasoningBatch, Slots, SparseCodes, TokenKind
+from segcompass.interfaces.base import Alignment, Interface, InterfaceConfig, Material
+from segcompass.interfaces.heatmaps import HeatmapInterface
+from segcompass.interfaces.registry import register
+from segcompass.reasoning.prompts import ParsedAnswer
+from segcompass.types import ReasoningBatch, SparseCodes, TokenKind
 
 READ_BY_SAE = (TokenKind.TEMPLATE, TokenKind.IMAGE, TokenKind.INSTRUCTION, TokenKind.THOUGHT)
 
@@ -30,7 +33,7 @@ def read_by_sae(states: ReasoningBatch) -> Bool[Tensor, "B L"]:
     return torch.stack([states.token_kinds == kind for kind in READ_BY_SAE]).any(0)
 
 
-class HeadConfig(BaseModel, frozen=True, extra="forbid"):
+class HeadConfig(InterfaceConfig, frozen=True):
     """Sizes of everything between the policy's states and the slots."""
 
     codebook_width: int = Field(128, ge=1, description="C")
@@ -70,7 +73,8 @@ class Fusion(nn.Module):
         return nn.functional.silu(self.mix(self.norm(joined)))
 
 
-class ConceptSlots(nn.Module):
+@register
+class ConceptSlots(HeatmapInterface):
     """The SegCompass interface.
 
     Args:
@@ -81,6 +85,11 @@ class ConceptSlots(nn.Module):
         slots: K.
     """
 
+    name = "concept_slots"
+    Config = HeadConfig
+    has_concepts = True
+    sae: SparseAutoencoder
+
     def __init__(
         self,
         config: HeadConfig,
@@ -90,12 +99,12 @@ class ConceptSlots(nn.Module):
         policy_width: int,
         slots: int,
     ) -> None:
-        super().__init__()
         if sae.config.d_in != policy_width:
             raise ValueError(
                 f"the SAE reads states of width {sae.config.d_in}, the policy has {policy_width}; "
                 "use an SAE that was trained on this policy"
             )
+        super().__init__()
         self.config = config
         self.sae = sae.requires_grad_(False)
         self.codebook = QueryCodebook(
@@ -114,31 +123,43 @@ class ConceptSlots(nn.Module):
         )
         self.decoder = decoder
 
+    @classmethod
+    def build(cls, config: HeadConfig, material: Material) -> ConceptSlots:
+        """Make one of the configured sizes; raises ValueError if the SAE does not fit."""
+        if material.sae is None:
+            raise ValueError("concept_slots reads a sparse autoencoder; train one (train sae)")
+        width, slots = material.policy_width, material.slots
+        return cls(config, material.sae, material.decoder, policy_width=width, slots=slots)
+
     @property
     def head(self) -> nn.ModuleDict:
-        """What ``head.safetensors`` holds: all that is neither policy, segmenter nor SAE."""
+        """Codebook, fusion and slot mapper."""
         return nn.ModuleDict(
             {"codebook": self.codebook, "fusion": self.fusion, "mapper": self.mapper}
         )
+
+    def trained(self) -> dict[str, nn.Module]:
+        """The codebook has a rate of its own."""
+        return {
+            "codebook": self.codebook,
+            "head": nn.ModuleList([self.fusion, self.mapper]),
+            "decoder": self.decoder,
+        }
 
     def align(
         self,
         states: ReasoningBatch,
         keys: Float[Tensor, "B C h w"],
         *,
-        padding: Bool[Tensor, "B h w"] | None = None,
+        frames: Sequence[Frame],
+        answers: Sequence[ParsedAnswer] | None = None,
         need_attention: bool = False,
         gates: Float[Tensor, "#B 2"] | None = None,
     ) -> Alignment:
-        """Eq. 4, Fig. 3, Eq. 2 and Eq. 5 in this order.
+        """Eq. 4, Fig. 3, Eq. 2 and Eq. 5 in this order; arguments as of the base class.
 
-        Args:
-            states: Of whole answers; the SAE reads prompt and thought, never padding.
-            keys: Image keys from the segmenter's encoder.
-            padding: Grid cells that show no image.
-            need_attention: Also tell which tokens each slot reads, and how far the SAE's
-                reconstruction of each token is off.
-            gates: How much of the concentration tokens and of the concepts reaches the queries.
+        The SAE reads prompt and thought, never padding. With ``need_attention`` the result also
+        tells which tokens each slot reads, and how far the SAE's copy of each token is off.
         """
         readable = read_by_sae(states)
         z = states.sae_states[readable].to(self.fusion.mix.weight.dtype)
@@ -148,7 +169,7 @@ class ConceptSlots(nn.Module):
             readable,
             states.concentration_states,
             keys,
-            padding=padding,
+            frames=frames,
             need_attention=need_attention,
             gates=gates,
         )
@@ -165,7 +186,7 @@ class ConceptSlots(nn.Module):
         tokens: Float[Tensor, "B K D"],
         keys: Float[Tensor, "B C h w"],
         *,
-        padding: Bool[Tensor, "B h w"] | None = None,
+        frames: Sequence[Frame],
         need_attention: bool = False,
         gates: Float[Tensor, "#B 2"] | None = None,
     ) -> Alignment:
@@ -179,16 +200,20 @@ class ConceptSlots(nn.Module):
         """
         concepts = self.codebook(codes, readable, need_attention=need_attention)
         queries = self.fusion(tokens.to(self.fusion.mix.weight.dtype), concepts.vectors, gates)
-        slots = self.mapper(queries, keys, padding)
-        return Alignment(slots, queries, concepts.vectors, codes, concepts.slot_attention)
+        return self.ground(queries, keys, frames)._replace(
+            concept_vectors=concepts.vectors, codes=codes, slot_attention=concepts.slot_attention
+        )
 
-    def decode(
-        self,
-        keys: Float[Tensor, "B C h w"],
-        slots: Slots,
-        *,
-        frames: Sequence[Frame] | None = None,
-        select: tuple[Tensor, Tensor] | None = None,
-    ) -> Float[Tensor, "*slots 4h 4w"]:
-        """Eq. 3: heatmaps prompt the mask decoder."""
-        return self.decoder(keys, slots.heatmap_logits, frames=frames, select=select)  # type: ignore[no-any-return]
+
+def with_concepts(interface: Interface) -> ConceptSlots:
+    """The interface, if it has concepts to explain.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if not isinstance(interface, ConceptSlots):
+        raise ValueError(
+            f"a model of the interface {interface.name} has no concepts to look at or to change; "
+            "take one of the interface concept_slots"
+        )
+    return interface

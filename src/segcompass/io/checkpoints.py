@@ -6,6 +6,9 @@ segmenter/           plain Hugging Face SamModel folder
 sae/                 SAELens layout
 head.safetensors     codebook, fusion, slot mapper with its confidence head
 README.md            model card
+
+Interfaces without concepts have no sae/, those that train nothing of their own no head. A second
+policy that judges candidates is in scorer/, as policy/ is.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,9 @@ PARTS = {
     "segmenter": "segmenter/model.safetensors",
     "sae": "sae/sae_weights.safetensors",
     "head": "head.safetensors",
+    "scorer": "scorer/model.safetensors",
 }
+SEGCOMPASS = ("policy", "segmenter", "sae", "head")  # other interfaces have fewer parts
 _BOUND = {".safetensors", ".json", ".txt", ".model", ".jinja"}
 
 
@@ -43,29 +48,36 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def part_files(folder: Path) -> list[str]:
-    """The files of all parts that decide what the model does, relative to ``folder``.
+def part_files(folder: Path, parts: Collection[str] = SEGCOMPASS) -> list[str]:
+    """The files of a model's parts that decide what it does, relative to ``folder``.
 
     Raises:
         CheckpointError: if a part has no weights; those may be sharded.
     """
     files = []
-    for name in PARTS.values():
-        path = folder / name
+    for part in parts:
+        path = folder / PARTS[part]
         if not path.exists() and not list(path.parent.glob(f"{path.stem}-*{path.suffix}")):
             raise CheckpointError(
-                f"{path} is missing; a model folder holds {', '.join(PARTS.values())} and {BINDING}"
+                f"{path} is missing; a model folder holds "
+                f"{', '.join(PARTS[p] for p in parts)} and {BINDING}"
             )
         files += [path] if path.parent == folder else list(path.parent.iterdir())
     return sorted(f.relative_to(folder).as_posix() for f in files if f.suffix in _BOUND)
 
 
-def write_binding(folder: Path, config: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+def write_binding(
+    folder: Path,
+    config: Mapping[str, Any],
+    versions: Mapping[str, str],
+    parts: Collection[str] = SEGCOMPASS,
+) -> None:
     """Bind the parts that are in ``folder`` together."""
     content = {
         "format": FORMAT,
         "config": config,
-        "files": {name: file_hash(folder / name) for name in part_files(folder)},
+        "parts": list(parts),
+        "files": {name: file_hash(folder / name) for name in part_files(folder, parts)},
         "versions": dict(versions),
     }
     (folder / BINDING).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -93,8 +105,16 @@ def read_binding(folder: Path) -> dict[str, Any]:
     for key in ("config", "files"):
         if not isinstance(content.get(key), dict):
             raise CheckpointError(f"{path} has no {key!r} section; get a fresh copy")
-    _check_files(folder, content["files"])
+    parts = content.setdefault("parts", list(SEGCOMPASS))  # as all models once were
+    if not isinstance(parts, list) or not {*map(str, parts)} <= {*PARTS}:
+        raise CheckpointError(f"{path} names parts {parts}, this version knows {', '.join(PARTS)}")
+    _check_files(folder, content["files"], parts)
     return content
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """Hashes of the files of a plain Hugging Face folder that decide what its model does."""
+    return {f.name: file_hash(f) for f in sorted(folder.iterdir()) if f.suffix in _BOUND}
 
 
 def fingerprint(binding: Mapping[str, Any]) -> str:
@@ -103,9 +123,9 @@ def fingerprint(binding: Mapping[str, Any]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _check_files(folder: Path, expected: Mapping[str, Any]) -> None:
+def _check_files(folder: Path, expected: Mapping[str, Any], parts: Collection[str]) -> None:
     """Refuse files that are missing, changed, or were not there when the model was saved."""
-    found = part_files(folder)
+    found = part_files(folder, parts)
     for name in sorted({*found, *expected}):
         if name not in found:
             problem = "is missing"

@@ -1,7 +1,8 @@
-"""What leaves the program: JSON, COCO results, files on disk, and readings of the concepts.
+"""What leaves the program: JSON, COCO results and files on disk.
 
-A `Prediction` holds everything; this file only re-expresses it. The JSON schema is described in
-``docs/outputs.md`` and carries its version in the field ``schema``.
+A `Prediction` holds everything; this file only re-expresses it, and leaves out what the
+prediction's interface has nothing to show for. The JSON schema is described in ``docs/outputs.md``
+and carries its version in the field ``schema``.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
-from scipy.sparse import csr_array
 
 from segcompass.io import masks as mask_io
-from segcompass.types import Prediction, TokenKind
+from segcompass.io.arrays import to_arrays
+from segcompass.io.readings import active_concepts, slot_concepts
+from segcompass.types import BoxPrompts, Candidates, Prediction
 
 SCHEMA = "segcompass.prediction/1"
-TOP_CONCEPTS = 8
 
 # Distinct on light and dark pictures, and told apart by the common forms of colour blindness.
 SLOT_COLOURS: tuple[tuple[int, int, int], ...] = (
@@ -36,128 +37,17 @@ SLOT_COLOURS: tuple[tuple[int, int, int], ...] = (
     (20, 165, 188),
     (122, 92, 214),
 )
-_TEXT_KINDS = (TokenKind.INSTRUCTION, TokenKind.THOUGHT)
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
-
-
-class ConceptWeight(NamedTuple):
-    """One SAE latent and how much it counts in some reading."""
-
-    concept: int  # latent index in [0, S)
-    weight: float  # > 0
-
-
-class TokenActivation(NamedTuple):
-    """What the concepts do on one text token."""
-
-    position: int  # row in the sequence of L tokens
-    text: str
-    kind: TokenKind
-    total: float  # sum of the token's activations
-    concepts: tuple[ConceptWeight, ...]  # strongest first; weight is the activation
-
-
-def code_matrix(prediction: Prediction) -> csr_array:
-    """Return the activations as a sparse (L, S) matrix on the host.
-
-    Raises:
-        ValueError: if the codes do not describe the prediction's own tokens.
-    """
-    codes = prediction.codes
-    if codes.n_rows != len(prediction.tokens):
-        raise ValueError(
-            f"codes describe {codes.n_rows} tokens, the prediction has {len(prediction.tokens)}; "
-            "both must come from the same pass"
-        )
-    values = codes.values.detach().float().cpu().numpy()
-    rows, columns = codes.rows.cpu().numpy(), codes.columns.cpu().numpy()
-    return csr_array((values, (rows, columns)), shape=(codes.n_rows, codes.n_columns))
-
-
-def _strongest(weights: np.ndarray, top: int) -> tuple[ConceptWeight, ...]:
-    """The ``top`` largest positive entries, largest first, ties by index."""
-    order = np.argsort(-weights, kind="stable")[: max(top, 0)]
-    return tuple(ConceptWeight(int(j), float(weights[j])) for j in order if weights[j] > 0)
-
-
-def slot_concepts(
-    prediction: Prediction, top: int = TOP_CONCEPTS
-) -> list[tuple[ConceptWeight, ...]]:
-    """For every slot, the concepts it reads most.
-
-    The weight of concept j for slot k is Σ_t slot_attention[k, t] · activation[t, j]: the
-    activation, weighted by where the slot attends. It says what was read, not what caused the
-    mask; for causes, switch a concept off and look again.
-
-    Returns:
-        One tuple per slot, strongest first, at most ``top`` entries each.
-    """
-    weights = np.asarray(code_matrix(prediction).T @ prediction.slot_attention.T).T  # (K, S)
-    return [_strongest(row, top) for row in weights]
-
-
-def active_concepts(prediction: Prediction) -> int:
-    """How many different concepts fire anywhere in the sequence."""
-    return len(np.unique(prediction.codes.columns.cpu().numpy()))
-
-
-def word_activations(prediction: Prediction, top: int = 3) -> list[TokenActivation]:
-    """For every token of the instruction and the thought, its activation and top concepts."""
-    codes = code_matrix(prediction)
-    readings = []
-    for index in np.flatnonzero(np.isin(prediction.token_kinds, _TEXT_KINDS)):
-        span = slice(codes.indptr[index], codes.indptr[index + 1])
-        columns, values = codes.indices[span], codes.data[span]
-        best = _strongest(values, top)
-        readings.append(
-            TokenActivation(
-                position=int(index),
-                text=prediction.tokens[index],
-                kind=TokenKind(int(prediction.token_kinds[index])),
-                total=float(values.sum()),
-                concepts=tuple(ConceptWeight(int(columns[i]), weight) for i, weight in best),
-            )
-        )
-    return readings
-
-
-def token_heat(prediction: Prediction, top: int = TOP_CONCEPTS) -> np.ndarray:
-    """For every slot and image token, how strongly the slot's top concepts fire there.
-
-    It is the mean of their activations, weighted as in `slot_concepts`.
-
-    Returns:
-        float32 (K, n_image_tokens), in the order of ``prediction.token_boxes``.
-    """
-    image_codes = code_matrix(prediction)[prediction.token_kinds == TokenKind.IMAGE]
-    heat = np.zeros((len(prediction.slot_scores), image_codes.shape[0]), dtype=np.float32)
-    for row, concepts in zip(heat, slot_concepts(prediction, top), strict=True):
-        if concepts:
-            weights = np.array([c.weight for c in concepts])
-            row[:] = image_codes[:, [c.concept for c in concepts]] @ (weights / weights.sum())
-    return heat
 
 
 def to_json(prediction: Prediction) -> dict[str, Any]:
     """The prediction as plain data, schema ``segcompass.prediction/1`` (``docs/outputs.md``)."""
     height, width = prediction.image_rgb.shape[:2]
-    boxes = mask_io.boxes(prediction.slot_masks).astype(int).tolist()
-    concepts = slot_concepts(prediction)
-    slots = [
-        {
-            "index": k,
-            "accepted": bool(prediction.accepted[k]),
-            "confidence": float(prediction.slot_scores[k]),
-            "box": boxes[k] if mask.any() else None,
-            "area": int(mask.sum()),
-            "mask": mask_io.encode(mask),
-            "concepts": [concept._asdict() for concept in concepts[k]],
-        }
-        for k, mask in enumerate(prediction.slot_masks)
-    ]
-    return {
+    record = {
         "schema": SCHEMA,
         "model": prediction.model,
+        "interface": prediction.interface,
+        "fingerprint": prediction.fingerprint,
         "source": _unicode(prediction.source) if prediction.source is not None else None,
         "image": {"width": width, "height": height},
         "instruction": _unicode(prediction.instruction),
@@ -165,10 +55,63 @@ def to_json(prediction: Prediction) -> dict[str, Any]:
         "reasoning": _unicode(prediction.reasoning),
         "text": _unicode(prediction.text),
         "threshold": float(prediction.threshold),
-        "slots": slots,
-        "active_concepts": active_concepts(prediction),
+        "slots": _slots(prediction),
         "timings": {stage: float(seconds) for stage, seconds in prediction.timings.items()},
     }
+    if prediction.codes is not None:
+        record["active_concepts"] = active_concepts(prediction)
+    if prediction.candidates is not None:
+        record["candidates"] = _candidates(prediction.candidates)
+    return record
+
+
+def _slots(prediction: Prediction) -> list[dict[str, Any]]:
+    """One entry per slot, accepted or not."""
+    boxes = mask_io.boxes(prediction.slot_masks).astype(int).tolist()
+    slots: list[dict[str, Any]] = [
+        {
+            "index": k,
+            "accepted": bool(prediction.accepted[k]),
+            "confidence": float(prediction.slot_scores[k]),
+            "box": boxes[k] if mask.any() else None,
+            "area": int(mask.sum()),
+            "mask": mask_io.encode(mask),
+        }
+        for k, mask in enumerate(prediction.slot_masks)
+    ]
+    if prediction.codes is not None:
+        for slot, concepts in zip(slots, slot_concepts(prediction), strict=True):
+            slot["concepts"] = [concept._asdict() for concept in concepts]
+    if prediction.prompts is not None:
+        for slot, prompt in zip(slots, slot_prompts(prediction.prompts), strict=True):
+            slot["prompt"] = prompt
+    return slots
+
+
+def slot_prompts(prompts: BoxPrompts) -> list[dict[str, Any] | None]:
+    """For every slot the box and the points that the answer names, None where it names nothing."""
+    return [
+        {"box": box.tolist(), "points": points[~np.isnan(points).any(axis=-1)].tolist()}
+        if np.isfinite(box).all()
+        else None
+        for box, points in zip(prompts.boxes, prompts.points, strict=True)
+    ]
+
+
+def _candidates(candidates: Candidates) -> list[dict[str, Any]]:
+    rows = zip(
+        candidates.sources, candidates.scores, candidates.thoughts, candidates.masks, strict=True
+    )
+    return [
+        {
+            "source": source,
+            "score": float(score),
+            "thought": _unicode(thought),
+            "chosen": i == candidates.chosen,
+            "mask": mask_io.encode(mask),
+        }
+        for i, (source, score, thought, mask) in enumerate(rows)
+    ]
 
 
 def dump_json(record: Mapping[str, Any], indent: int | None = None) -> str:
@@ -228,14 +171,36 @@ def mask_outline(mask: np.ndarray, width: int) -> np.ndarray:
 
 
 def overlay(prediction: Prediction) -> np.ndarray:
-    """The picture with every accepted mask tinted and outlined, uint8 (height, width, 3)."""
+    """The picture with every accepted mask tinted and outlined, uint8 (height, width, 3).
+
+    Boxes and points that the answer names for these masks are drawn over them.
+    """
     canvas = prediction.image_rgb.astype(np.float32)
     width = max(1, round(max(canvas.shape[:2]) / 300))
-    for k in np.flatnonzero(prediction.accepted):
-        colour, mask = np.array(slot_colour(int(k)), dtype=np.float32), prediction.slot_masks[k]
+    accepted = np.flatnonzero(prediction.accepted).tolist()
+    for k in accepted:
+        colour, mask = np.array(slot_colour(k), dtype=np.float32), prediction.slot_masks[k]
         canvas[mask] = 0.55 * canvas[mask] + 0.45 * colour
         canvas[mask_outline(mask, width)] = colour
-    return np.rint(canvas).astype(np.uint8)
+    image = Image.fromarray(np.rint(canvas).astype(np.uint8))
+    if prediction.prompts is not None:
+        _draw_prompts(image, prediction.prompts, accepted, width)
+    return np.array(image)
+
+
+def _draw_prompts(image: Image.Image, prompts: BoxPrompts, slots: list[int], width: int) -> None:
+    """Boxes and points in their slots' colours, cased in white to stand out from any picture."""
+    draw, prompt_of = ImageDraw.Draw(image), slot_prompts(prompts)
+    for k in slots:
+        if (prompt := prompt_of[k]) is None:
+            continue
+        x0, y0, x1, y1 = prompt["box"]
+        draw.rectangle((x0, y0, x1, y1), outline="white", width=3 * width)
+        inner = (x0 + width, y0 + width, max(x0, x1 - width), max(y0, y1 - width))
+        draw.rectangle(inner, outline=slot_colour(k), width=width)
+        for point in prompt["points"]:
+            draw.circle(point, 4 * width, fill="white")
+            draw.circle(point, 3 * width, fill=slot_colour(k))
 
 
 def file_stem(prediction: Prediction) -> str:
@@ -278,8 +243,8 @@ def save(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
     paths = {what: root / f"{stem}.{what}.png" for what in sorted(pictures)}
     for what, path in paths.items():
         _write(path, _png_bytes(pictures[what]))
-    paths["arrays"] = root / f"{stem}.npz"
-    _write(paths["arrays"], _bytes_of(lambda out: np.savez_compressed(out, **_arrays(prediction))))
+    paths["arrays"], arrays = root / f"{stem}.npz", to_arrays(prediction)
+    _write(paths["arrays"], _bytes_of(lambda out: np.savez_compressed(out, **arrays)))
     record = to_json(prediction) | {"files": {what: path.name for what, path in paths.items()}}
     paths["json"] = root / f"{stem}.json"
     _write(paths["json"], (dump_json(record, indent=2) + "\n").encode())
@@ -289,34 +254,6 @@ def save(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
 def _union(prediction: Prediction) -> np.ndarray:
     """All accepted masks together, bool (height, width)."""
     return np.asarray(prediction.slot_masks[prediction.accepted].any(axis=0))
-
-
-def _arrays(prediction: Prediction) -> dict[str, Any]:
-    """What the NPZ holds; shapes and ranges are in ``docs/outputs.md``."""
-    codes, errors = prediction.codes, prediction.sae_errors
-    return {
-        **({} if errors is None else {"sae_errors": errors.astype(np.float32)}),
-        "heatmaps": prediction.slot_heatmaps.astype(np.float16),
-        "heatmap_logits": prediction.heatmap_logits.astype(np.float32),
-        "head_scores": prediction.head_scores.astype(np.float32),
-        "low_res_logits": prediction.low_res_logits.astype(np.float32),
-        "scores": prediction.slot_scores.astype(np.float32),
-        "accepted": prediction.accepted.astype(bool),
-        "slot_attention": prediction.slot_attention.astype(np.float32),
-        "token_kinds": prediction.token_kinds.astype(np.int8),
-        "code_rows": codes.rows.cpu().numpy().astype(np.int32),
-        "code_columns": codes.columns.cpu().numpy().astype(np.int32),
-        "code_values": codes.values.detach().float().cpu().numpy(),
-        # What a replay needs beside the codes; see segcompass.io.saved.
-        "image": prediction.image_rgb,
-        "concentration_states": prediction.concentration_states.astype(np.float32),
-        "slot_queries": prediction.slot_queries.astype(np.float32),
-        "concept_vectors": prediction.concept_vectors.astype(np.float32),
-        "tokens": np.array(prediction.tokens),
-        "token_boxes": prediction.token_boxes.astype(np.float32),
-        "n_concepts": np.array(codes.n_columns),
-        "paths": np.array(prediction.paths),
-    }
 
 
 def _png_bytes(pixels: np.ndarray) -> bytes:

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from segcompass.io import masks as mask_io
+from segcompass.io.arrays import from_arrays
 from segcompass.io.errors import DataError
 from segcompass.io.outputs import SCHEMA
-from segcompass.types import Prediction, SparseCodes, Status
-
-_AS_SAVED = (
-    "accepted",
-    "heatmap_logits",
-    "head_scores",
-    "low_res_logits",
-    "concentration_states",
-    "slot_queries",
-    "concept_vectors",
-    "slot_attention",
-    "token_boxes",
-)
+from segcompass.types import BoxPrompts, Candidates, Prediction, Status
 
 
 def load_prediction(path: str | Path) -> Prediction:
@@ -37,7 +25,7 @@ def load_prediction(path: str | Path) -> Prediction:
 
     Returns:
         The prediction as it was saved: heatmaps went through half precision, everything that a
-        replay reads is exact.
+        replay reads is exact, and what was not there is None.
 
     Raises:
         DataError: a file is missing, damaged, or no saved prediction.
@@ -64,31 +52,37 @@ def load_prediction(path: str | Path) -> Prediction:
 def _prediction(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Prediction:
     if record["schema"] != SCHEMA:
         raise ValueError(f"schema {record['schema']!r} instead of {SCHEMA!r}")
-    tokens = tuple(arrays["tokens"].tolist())
-    codes = SparseCodes(
-        rows=torch.from_numpy(arrays["code_rows"].astype(np.int64)),
-        columns=torch.from_numpy(arrays["code_columns"].astype(np.int64)),
-        values=torch.from_numpy(arrays["code_values"]),
-        n_rows=len(tokens),
-        n_columns=int(arrays["n_concepts"]),
-    )
+    slots, hw = record["slots"], arrays["image"].shape[:2]
+    as_written = ("instruction", "text", "reasoning", "threshold", "model", "timings", "source")
+    added = ("interface", "fingerprint")  # to the schema; older files have them not
     return Prediction(
-        **{name: arrays[name] for name in _AS_SAVED},
-        instruction=record["instruction"],
+        **from_arrays(arrays),
+        **{name: record[name] for name in as_written},
+        **{name: record[name] for name in added if name in record},
         status=Status(record["status"]),
-        text=record["text"],
-        reasoning=record["reasoning"],
-        image_rgb=arrays["image"],
-        slot_masks=np.stack([mask_io.decode(slot["mask"]) for slot in record["slots"]]),
-        slot_scores=arrays["scores"],
-        slot_heatmaps=arrays["heatmaps"].astype(np.float32),
-        codes=codes,
-        tokens=tokens,
-        token_kinds=arrays["token_kinds"].astype(np.int64),
-        threshold=record["threshold"],
-        model=record["model"],
-        timings=record["timings"],
-        source=record["source"],
-        sae_errors=arrays.get("sae_errors"),
-        paths=str(arrays["paths"]),
+        slot_masks=np.stack([mask_io.decode(slot["mask"]) for slot in slots]),
+        prompts=_prompts(slots) if "prompt" in slots[0] else None,
+        candidates=_candidates(record["candidates"], hw) if "candidates" in record else None,
+    )
+
+
+def _prompts(slots: Sequence[Mapping[str, Any]]) -> BoxPrompts:
+    named = [slot["prompt"] or {"box": [np.nan] * 4, "points": []} for slot in slots]
+    most = max([1, *(len(prompt["points"]) for prompt in named)])
+    points = np.full((len(named), most, 2), np.nan, dtype=np.float32)
+    for row, prompt in zip(points, named, strict=True):
+        row[: len(prompt["points"])] = np.reshape(prompt["points"], (-1, 2))
+    boxes = np.array([prompt["box"] for prompt in named], dtype=np.float32)
+    return BoxPrompts(boxes, points)
+
+
+def _candidates(rows: Sequence[Mapping[str, Any]], hw: tuple[int, ...]) -> Candidates:
+    chosen = [row["chosen"] for row in rows]
+    masks = [mask_io.decode(row["mask"]) for row in rows]
+    return Candidates(
+        masks=np.stack(masks) if masks else np.zeros((0, *hw), dtype=bool),
+        scores=np.array([row["score"] for row in rows], dtype=np.float32),
+        sources=tuple(row["source"] for row in rows),
+        thoughts=tuple(row["thought"] for row in rows),
+        chosen=chosen.index(True) if any(chosen) else None,
     )

@@ -20,7 +20,7 @@ GLOW = (255, 244, 214)  # a heatmap's colour at 1
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc", *FONTS)
 CJK = "\u2e80"  # from here on: Chinese, Japanese, Korean
-TILE, HEAT, GAP, PAD = 224, 101, 14, 20  # px; the grid of heatmaps is as high as a tile
+TILE, SMALL_TILE, GAP, PAD = 224, 101, 14, 20  # px; two rows of small ones are as high as one
 TEXT_WIDTH, TEXT, LINE, MAX_LINES = 420, 15, 20, 24
 CAPTION, SMALL, TITLE, BIG = 20, 13, 34, 19
 BADGES = {
@@ -50,7 +50,8 @@ def sheet(entries: Sequence[Entry], title: str) -> Image.Image:
     """One card for every entry, below one another.
 
     A card shows the picture, the wanted masks if they are known, the masks that count with their
-    confidences, the heatmap of every slot (those that count are framed) and the chain of thought.
+    confidences, what else there is (the heatmap of every slot, those that count framed; candidates,
+    the chosen one framed) and the chain of thought.
     """
     cards = [_card(entry) for entry in entries]
     width = max((card.width for card in cards), default=TILE) + 2 * PAD
@@ -103,22 +104,24 @@ def _pieces(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 def _card(entry: Entry) -> Image.Image:
     prediction, targets = entry
-    tiles, heats = _tiles(prediction, targets), _heats(prediction)
-    columns = -(-len(heats) // 2)
-    heats_left = PAD + len(tiles) * (TILE + GAP)
-    text_left = heats_left + columns * (HEAT + GAP) + GAP
+    tiles = _tiles(prediction, targets)
+    small = [*_heats(prediction), *_candidates(prediction)]
+    columns = -(-len(small) // 2)
+    small_left = PAD + len(tiles) * (TILE + GAP)
+    text_left = small_left + columns * (SMALL_TILE + GAP) + GAP
     thought = plain(prediction.reasoning) or "(no text)"
     lines = wrap(thought, font_for(thought, TEXT), TEXT_WIDTH, MAX_LINES)
-    heat_step = heats[0].image.height + CAPTION + 2
-    height = max(tiles[0].image.height + CAPTION, 2 * heat_step, CAPTION + len(lines) * LINE)
+    step = small[0].image.height + CAPTION + 2 if small else 0
+    height = max(tiles[0].image.height + CAPTION, 2 * step, CAPTION + len(lines) * LINE)
     card = Image.new("RGB", (text_left + TEXT_WIDTH + PAD, TITLE + height + 2 * PAD), CARD)
     _head(card, entry)
     top = PAD + TITLE
     for i, tile in enumerate(tiles):
         _place(card, tile, PAD + i * (TILE + GAP), top, TILE)
-    for i, tile in enumerate(heats):
+    for i, tile in enumerate(small):
         row, column = divmod(i, columns)
-        _place(card, tile, heats_left + column * (HEAT + GAP), top + row * heat_step, HEAT)
+        left = small_left + column * (SMALL_TILE + GAP)
+        _place(card, tile, left, top + row * step, SMALL_TILE)
     draw = ImageDraw.Draw(card)
     draw.text((text_left, top), "chain of thought", SOFT, font_for("", SMALL))
     for i, line in enumerate(lines):
@@ -163,17 +166,34 @@ def _tiles(prediction: Prediction, targets: np.ndarray | None) -> list[_Tile]:
     scores = " ".join(f"{score:.2f}" for score in prediction.scores) or "none"
     tiles = [_Tile(_fit(prediction.image_rgb, TILE), "picture")]
     if targets is not None:
-        wanted = _fit(_spotlight(prediction.image_rgb, targets), TILE)
+        wanted = _fit(spotlight(prediction.image_rgb, targets), TILE)
         tiles.append(_Tile(wanted, f"wanted: {len(targets) or 'nothing'}"))
     return [*tiles, _Tile(_fit(overlay(prediction), TILE), f"masks: {scores}")]
 
 
 def _heats(prediction: Prediction) -> list[_Tile]:
+    if prediction.slot_heatmaps is None:
+        return []
     rows = zip(prediction.slot_heatmaps, prediction.slot_scores, prediction.accepted, strict=True)
-    picture = _fit(prediction.image_rgb, HEAT)
+    picture = _fit(prediction.image_rgb, SMALL_TILE)
     return [
         _Tile(_glow(picture, heat, k), f"{score:.2f}", slot_colour(k), bool(accepted))
         for k, (heat, score, accepted) in enumerate(rows)
+    ]
+
+
+def _candidates(prediction: Prediction) -> list[_Tile]:
+    if prediction.candidates is None:
+        return []
+    masks, scores, sources, _, chosen = prediction.candidates
+    return [
+        _Tile(
+            _fit(spotlight(prediction.image_rgb, mask[None]), SMALL_TILE),
+            f"{score:.2f} {source}",
+            slot_colour(0) if i == chosen else None,
+            i == chosen,
+        )
+        for i, (mask, score, source) in enumerate(zip(masks, scores, sources, strict=True))
     ]
 
 
@@ -185,7 +205,7 @@ def _fit(pixels: UInt8[np.ndarray, "height width 3"], side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _spotlight(
+def spotlight(
     pixels: UInt8[np.ndarray, "height width 3"], targets: Bool[np.ndarray, "N height width"]
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The targets in colour and outlined, all else pale."""

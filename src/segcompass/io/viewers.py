@@ -31,7 +31,7 @@ def to_supervision(prediction: Prediction) -> Any:
 
 
 def plot(prediction: Prediction) -> Any:
-    """A matplotlib figure: picture, masks over it, and the heatmap of every mask that counts.
+    """A matplotlib figure: picture, masks over it, and the heatmaps (if any) of those that count.
 
     Raises:
         ImportError: without the extra ``viz``.
@@ -39,9 +39,9 @@ def plot(prediction: Prediction) -> Any:
     from matplotlib.figure import Figure
 
     panels = [("", prediction.image_rgb), ("masks", overlay(prediction))]
-    panels += [
-        (f"heatmap {s:.2f}", h) for s, h in zip(prediction.scores, prediction.heatmaps, strict=True)
-    ]
+    if prediction.heatmaps is not None:
+        looks = zip(prediction.scores, prediction.heatmaps, strict=True)
+        panels += [(f"heatmap {score:.2f}", heatmap) for score, heatmap in looks]
     figure = Figure(figsize=(3 * len(panels), 3.4), layout="constrained")
     for axis, (title, picture) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True

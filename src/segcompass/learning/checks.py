@@ -17,13 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from segcompass.data.samples import read_dataset
 from segcompass.io import archives
 from segcompass.io.errors import DataError, ImageError, UnsafeFileError
 from segcompass.io.images import displayed_hw
 from segcompass.io.masks import run_lengths
 from segcompass.io.progress import progress
 from segcompass.learning.config import DataConfig
+from segcompass.learning.corpus import read_samples
 from segcompass.reasoning.prompts import Prompt
 from segcompass.types import Sample
 
@@ -65,13 +65,7 @@ def training_samples(
     def note(name: str, error: DataError) -> None:
         broken.append(Problem(name, "unreadable entry", str(error)))
 
-    samples = read_dataset(
-        data.root,
-        data.split,
-        layout=data.layout,
-        limit=data.limit,
-        on_broken=note if data.on_error == "skip" else None,
-    )
+    samples = read_samples(data, note if data.on_error == "skip" else None)
     path = None if run is None else run / FINDINGS
     return check_samples(samples, prompt, data.on_error, path, broken)
 

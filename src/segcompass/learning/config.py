@@ -9,15 +9,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from segcompass.data.documents import DocumentsConfig
-from segcompass.interfaces.concept_slots import HeadConfig
+from segcompass.interfaces.registry import OfInterface, find
 from segcompass.io.errors import ConfigError
-from segcompass.learning.engine.lora import LoraSettings
-from segcompass.learning.engine.optimizer import OptimizerConfig
-from segcompass.learning.grpo import GrpoConfig
-from segcompass.learning.rewards import RewardConfig
-from segcompass.learning.rollouts import RolloutConfig
-from segcompass.learning.watching.symptoms import HealthConfig
+from segcompass.io.settings import read_yaml
+from segcompass.learning.stages import (
+    JointStage,
+    LanguageStage,
+    SaeStage,
+    ScorerStage,
+    SegmenterStage,
+    VisionStage,
+)
 from segcompass.reasoning.from_scratch import ScratchConfig
 from segcompass.reasoning.policy import PolicyConfig
 
@@ -36,13 +38,19 @@ class ScenesConfig(_Model):
     seed: int = 7
 
 
-class DataConfig(_Model):
-    """Where the samples come from."""
+class SetConfig(_Model):
+    """One data set."""
 
     root: Path
     layout: str | None = None
     split: str = "train"
     limit: int | None = Field(None, ge=1)
+
+
+class DataConfig(SetConfig, frozen=True):
+    """Where the samples come from."""
+
+    also: tuple[SetConfig, ...] = Field((), description="further sets, each trained on in full")
     scenes: ScenesConfig | None = Field(None, description="write this world to `root` first")
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="what a sample that cannot be trained on does"
@@ -60,6 +68,11 @@ class DataConfig(_Model):
             raise ValueError(f"image_pixels must be [least, most], got {list(self.image_pixels)}")
         return self
 
+    @property
+    def sets(self) -> tuple[SetConfig, ...]:
+        """All sets, in the order in which samples are numbered."""
+        return (self, *self.also)
+
 
 class PolicySource(_Model):
     """The policy to start from."""
@@ -70,202 +83,7 @@ class PolicySource(_Model):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
-class SegmenterStage(OptimizerConfig, frozen=True):
-    """Promptable pretraining: points, boxes or coarse masks in, masks out."""
-
-    prompts: int = Field(4, ge=1, description="prompted objects per picture")
-
-
-class VisionStage(OptimizerConfig, frozen=True):
-    """Dense pretraining of the vision tower on what stands where."""
-
-    background_weight: float = Field(0.15, ge=0, description="of empty cells in the loss")
-
-
-class LanguageStage(OptimizerConfig, frozen=True):
-    """Questions and oracle answers, by cross-entropy over the answer."""
-
-    train_vision: bool = Field(False, description="else image features are computed once")
-    group: int = Field(16, ge=1, description="batches that are sorted by length together")
-
-
-class SaeStage(OptimizerConfig, frozen=True):
-    """Reconstruct the states of the frozen policy under an L1 penalty (Eq. 7).
-
-    ``batch`` counts tokens. Every remedy that Eq. 7 leaves open is a setting of its own.
-    """
-
-    latents: int = Field(2048, ge=1, description="S")
-    l1: float = Field(3.0, ge=0, description="weight of the sparsity term at its full height")
-    threshold: float = Field(0.0, ge=0, description="activations up to this count as zero")
-    l1_warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which l1 rises")
-
-    samples: int | None = Field(2_000, ge=1, description="sequences of the data set; null: all")
-    answers: Literal["given", "generated"] = Field(
-        "given", description="the data set's own (prompts alone without), or the policy's"
-    )
-    documents: DocumentsConfig | None = Field(None, description="interleaved documents to read")
-    documents_share: float = Field(
-        0.5, gt=0, le=1, description="of the policy passes, with documents; 1: no data set"
-    )
-    max_tokens: int = Field(2_048, ge=1, description="documents are cut after this many")
-    sequences: int = Field(32, ge=1, description="that go through the policy together")
-    held_out: int = Field(128, ge=1, description="sequences kept for the report, never trained on")
-
-    buffer: int = Field(1 << 19, ge=2, description="tokens in memory, of which batches are drawn")
-    shuffle: bool = Field(True, description="mix the tokens of different sequences")
-    cache: Path | None = Field(None, description="folder of states in bf16, for later epochs, runs")
-    cache_gb: float = Field(64.0, gt=0, description="most that the cache folder may hold")
-    statistics: int = Field(1 << 16, ge=1, description="tokens that mean and scale are taken from")
-
-    scale_inputs: bool = Field(True, description="to norm sqrt(D); folded into the finished SAE")
-    centre: bool = Field(True, description="by the mean, which stays in the finished SAE as b_dec")
-    outliers: float | None = Field(
-        10.0, gt=1, description="leave out states of more than so many median norms; null: none"
-    )
-    decoder_norm: float = Field(0.1, gt=0, description="of the decoder's rows at the start")
-    tied_start: bool = Field(True, description="W_enc begins as the transposed W_dec")
-    weigh_by_decoder: bool = Field(True, description="L1 of activations times decoder norms")
-    unit_decoder: bool = Field(False, description="keep the decoder's rows at norm 1 instead")
-    decay: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="hold the rate, and let it fall over this last share; "
-        "null: the cosine of all stages",
-    )
-    dead_after: int = Field(1 << 19, ge=1, description="tokens without firing")
-    revive: Literal["none", "resample", "auxiliary"] = Field(
-        "none", description="dead latents: leave, restart on bad tokens, or push up by a loss term"
-    )
-    revive_every: int = Field(500, ge=1, description="steps between two resamplings")
-    auxiliary: float = Field(1e-3, ge=0, description="weight of the term that pushes them up")
-    budget_mb: int = Field(256, ge=1, description="of the [tokens, S] buffers of a step")
-    matmul: Literal["highest", "high", "medium"] = Field(
-        "highest", description="precision of fp32 products; high: TF32 where the GPU has it"
-    )
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> SaeStage:
-        if self.weigh_by_decoder and self.unit_decoder:
-            raise ValueError(
-                "weigh_by_decoder and unit_decoder both keep the penalty from being escaped by a "
-                "growing decoder; set one of them to false"
-            )
-        if self.buffer < 2 * self.batch:
-            raise ValueError(
-                f"the buffer of {self.buffer} tokens is less than two batches of {self.batch}; "
-                "raise buffer or lower batch"
-            )
-        return self
-
-
-class Multipliers(_Model):
-    """Factors of the learning rate, by trained part."""
-
-    policy: float = Field(1.0, ge=0)
-    codebook: float = Field(1.0, ge=0)
-    head: float = Field(1.0, ge=0)
-    decoder: float = Field(1.0, ge=0)
-
-
-class JointStage(OptimizerConfig, frozen=True):
-    """Eq. 6: reinforcement and supervision together; ``batch`` counts questions.
-
-    ``recipe: release`` starts from the public release's weights and rewards instead of the
-    paper's; what the file says goes before either.
-    """
-
-    recipe: Literal["paper", "release"] = "paper"
-    start: Path | None = Field(
-        None, description="a model folder to go on from, instead of the earlier stages' parts"
-    )
-    oracle_steps: int = Field(
-        0, ge=0, description="first steps on batch·G of the data set's own answers, no rollouts"
-    )
-    rollout: RolloutConfig = RolloutConfig()
-    rewards: RewardConfig = RewardConfig()
-    grpo: GrpoConfig = GrpoConfig()
-    rl_weight: float = Field(1.0, ge=0, description="of the GRPO loss; 0 is supervision only")
-    seg_weight: float = Field(1.0, ge=0, description="lambda_s; 0 is reinforcement only")
-    conf_weight: float = Field(0.2, ge=0, description="lambda_c")
-    dice_weight: float = Field(0.6, ge=0, description="lambda_d")
-    heatmap_dice_weight: float = Field(0.0, ge=0, description="dice on the heatmaps; not in Eq. 6")
-    focal_weight: float = Field(0.0, ge=0, description="focal loss on the masks; not in Eq. 6")
-    place_weight: float = Field(
-        0.0, ge=0, description="row and column of its target, read off a slot's query"
-    )
-    language_weight: float = Field(
-        0.0, ge=0, description="cross-entropy of the oracle's answer, in oracle steps"
-    )
-    form_weight: float = Field(
-        1.0, ge=0, description="cross-entropy of a forced ending (rollout.forced_steps)"
-    )
-    order_weight: float = Field(0.0, ge=0, description="see learning/matching.py")
-    drop_tokens: float = Field(
-        0.0, ge=0, le=1, description="share of answers whose queries are made of concepts alone"
-    )
-    drop_concepts: float = Field(0.0, ge=0, le=1, description="share made of tokens alone")
-    group: int = Field(16, ge=1, description="batches that are sorted by length together")
-    samples: int | None = Field(None, ge=1, description="only the first so many samples")
-    train_upper_layers: bool = Field(True, description="the policy's layers after the SAE layer")
-    lora: LoraSettings | None = Field(
-        None, description="train adapters instead of the whole upper layers"
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="compute inner states anew in the backward pass: less memory, more time"
-    )
-    health: HealthConfig = HealthConfig()
-    panel_every: int | None = Field(None, ge=1, description="steps between two sample panels")
-    multipliers: Multipliers = Multipliers()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _recipe(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("recipe") == "release":
-            return _merged(RELEASE, values)
-        return values
-
-    @model_validator(mode="after")
-    def _one_path_is_left(self) -> JointStage:
-        if self.drop_tokens + self.drop_concepts > 1:
-            raise ValueError("drop_tokens and drop_concepts are shares of the same answers")
-        return self
-
-    def weights(self) -> dict[str, float]:
-        """Weight of every term in the total loss (Eq. 6)."""
-        return {
-            "policy": self.rl_weight,
-            "confidence": self.conf_weight,
-            "heatmap_bce": self.seg_weight,
-            "heatmap_dice": self.seg_weight * self.heatmap_dice_weight,
-            "dice": self.seg_weight * self.dice_weight,
-            "focal": self.seg_weight * self.focal_weight,
-            "place": self.place_weight,
-            "language": self.language_weight,
-            "form": self.form_weight,
-        }
-
-
-# Where the public release departs from the paper.
-RELEASE: dict[str, Any] = {
-    "learning_rate": 1.6e-6,
-    "seg_weight": 0.3,
-    "dice_weight": 0.8,
-    "rewards": {"single": "blend", "several": "size"},
-}
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries, ``over`` before ``base``."""
-    result = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merged(result[key], value) if both else value
-    return result
-
-
-class RunConfig(_Model):
+class RunConfig(OfInterface, frozen=True):
     """Everything about a run."""
 
     run: Path = Field(description="folder of logs, states and the finished model")
@@ -275,12 +93,12 @@ class RunConfig(_Model):
     data: DataConfig
     policy: PolicySource = PolicySource()
     segmenter: str = Field("nano", description="nano, vit-b, vit-l, vit-h, a folder or a hub id")
-    head: HeadConfig = HeadConfig()
     train_segmenter: SegmenterStage | None = None
     train_vision: VisionStage | None = None
     train_language: LanguageStage | None = None
-    train_sae: SaeStage
+    train_sae: SaeStage | None = None  # only interfaces with concepts read an SAE
     train_joint: JointStage
+    train_scorer: ScorerStage | None = None  # only candidate_rerank has a scorer
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -289,22 +107,21 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: naming the file, the key, what was found, and the nearest known key.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give the path of a YAML config") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds {type(raw).__name__}, expected a mapping of settings")
-    for override in overrides or []:
-        _apply(raw, override)
+    raw = read_settings(path, overrides)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(_explain(e) for e in error.errors())}") from error
+        kind = str(raw.get("interface", "concept_slots"))
+        problems = "; ".join(_explain(e, kind) for e in error.errors())
+        raise ConfigError(f"{path}: {problems}") from error
+
+
+def read_settings(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file after ``a.b=value`` overrides; raises ConfigError."""
+    raw = read_yaml(path)
+    for override in overrides or []:
+        _apply(raw, override)
+    return raw
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -324,14 +141,14 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {value!r} is no valid YAML value") from error
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, interface: str) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{where} is missing"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']}, got {error['input']!r}"
     *section, key = error["loc"]
-    known = {name.lower(): name for name in _section(section).model_fields}
+    known = {name.lower(): name for name in _section(section, interface).model_fields}
     close = difflib.get_close_matches(str(key).lower(), known, n=1)
     hint = (
         f"did you mean {known[close[0]]!r}?" if close else f"known are {', '.join(known.values())}"
@@ -339,10 +156,15 @@ def _explain(error: Any) -> str:
     return f"{where}: unknown key; {hint}"
 
 
-def _section(location: list[str | int]) -> type[BaseModel]:
+def _section(location: list[str | int], interface: str) -> type[BaseModel]:
     """The model that describes a section of the config."""
     model: type[BaseModel] = RunConfig
     for name in location:
+        if model is RunConfig and name == "head":
+            model = find(interface).Config
+            continue
+        if isinstance(name, int):  # one of several
+            continue
         annotation = model.model_fields[str(name)].annotation
         kinds = [annotation, *getattr(annotation, "__args__", ())]
         model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))

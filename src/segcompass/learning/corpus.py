@@ -7,6 +7,7 @@ what training waits for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from segcompass.data.samples import ImageRecord, read_dataset, read_images
 from segcompass.data.scenes.catalog import CATEGORIES, COLOURS, MAP_SIDE, SIZES, TEXTURES
 from segcompass.geometry import Frame, masks_to_grid, to_frame
+from segcompass.io.errors import DataError
 from segcompass.io.images import load_image
 from segcompass.io.masks import decode
 from segcompass.learning.config import DataConfig
@@ -29,9 +31,23 @@ T = TypeVar("T")
 IGNORED = -100  # target value that cross-entropy skips
 
 
-def read_samples(data: DataConfig) -> list[Sample]:
-    """The configured training samples."""
-    return read_dataset(data.root, data.split, layout=data.layout, limit=data.limit)
+def read_samples(
+    data: DataConfig, on_broken: Callable[[str, DataError], None] | None = None
+) -> list[Sample]:
+    """The configured training samples, of all sets; see `read_dataset` for ``on_broken``.
+
+    What two sets call the same must not be taken for one: further sets' samples get longer names.
+    """
+    found: list[Sample] = []
+    for part in data.sets:
+        samples = read_dataset(
+            part.root, part.split, layout=part.layout, limit=part.limit, on_broken=on_broken
+        )
+        if part is not data:
+            place = f"{part.root}:{part.split}"
+            samples = [replace(s, sample_id=f"{place}/{s.sample_id}") for s in samples]
+        found += samples
+    return found
 
 
 def read_pictures(data: DataConfig) -> list[ImageRecord]:
@@ -120,12 +136,20 @@ def visual_memo(backbone: Backbone) -> Memo[VisualInput]:
 
 
 def encode_answers(
-    policy: Policy, batch: Sequence[Sample], visuals: Memo[VisualInput]
+    policy: Policy,
+    batch: Sequence[Sample],
+    visuals: Memo[VisualInput],
+    conclude: Callable[[Sample], str] | None = None,
 ) -> tuple[list[VisualInput], Sequences]:
-    """A batch's pictures, and its prompts with the oracle's whole answers."""
+    """A batch's pictures, and its prompts with the oracle's whole answers.
+
+    ``conclude`` says how the answer to a sample ends, where its form is a text.
+    """
     pictures = [visuals(s.image_path) for s in batch]
     thoughts = [s.thought or "" for s in batch]
-    return pictures, policy.encode(pictures, [s.instruction for s in batch], thoughts)
+    conclusions = None if conclude is None else [conclude(s) for s in batch]
+    asked = [s.instruction for s in batch]
+    return pictures, policy.encode(pictures, asked, thoughts, conclusions)
 
 
 def feature_memo(

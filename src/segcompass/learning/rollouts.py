@@ -1,13 +1,14 @@
 """Sampled answers, with all that was seen while they were written (promise 2 of the design).
 
 States for the head and log-probabilities come from the sampling pass itself; nothing is computed
-a second time for the sake of a reward.
+a second time for the sake of a reward. Answers that another program sampled are read in one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,14 +18,21 @@ from torch import Tensor
 from segcompass.learning.engine.sharding import gathered
 from segcompass.learning.grpo import answer_log_probs
 from segcompass.reasoning.backbones import VisualInput
-from segcompass.reasoning.policy import Policy, Sequences
+from segcompass.reasoning.policy import Generation, Policy, Sequences
 from segcompass.types import ReasoningBatch, Status
 
 
 class RolloutConfig(BaseModel, frozen=True, extra="forbid"):
     """How answers are sampled."""
 
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers", description="vllm is an extra, and needs a GPU"
+    )
+    vllm_memory: float = Field(0.3, gt=0, lt=1, description="share of a GPU that vLLM may take")
     group: int = Field(8, ge=1, description="answers to each question, G")
+    batch: int | None = Field(
+        None, ge=1, description="answers of a rank that are sampled together; null: all"
+    )
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int | None = Field(None, ge=1, description="the policy's own limit by default")
     forced_steps: int = Field(
@@ -42,6 +50,22 @@ class Rollouts(NamedTuple):
     well_formed: Bool[Tensor, "B"]
     ids: list[list[int]]  # the answers, with their end-of-text if they came to it
     texts: list[str]
+
+
+class Sampler(Protocol):
+    """Writes answers, one to each row of its input."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        visuals: Sequence[VisualInput],
+        instructions: Sequence[str],
+        config: RolloutConfig,
+        features: Sequence[Float[Tensor, "n D"]] | None = None,
+        *,
+        force_form: bool = False,
+    ) -> Rollouts:
+        """See :func:`sample_answers`."""
 
 
 @torch.no_grad()
@@ -64,20 +88,53 @@ def sample_answers(
         features: Precomputed image features, if at hand.
         force_form: Close every thought in time and write the K tokens after it.
     """
+    with _evaluating(policy), gathered(policy):
+        written = policy.generate(
+            visuals,
+            instructions,
+            temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens,
+            features=features,
+            force_form=force_form,
+        )
+    return _rollouts(policy, written, config)
+
+
+@torch.no_grad()
+def score_answers(
+    policy: Policy,
+    visuals: Sequence[VisualInput],
+    instructions: Sequence[str],
+    answers: Sequence[list[int]],
+    config: RolloutConfig,
+    features: Sequence[Float[Tensor, "n D"]] | None = None,
+) -> Rollouts:
+    """The same for answers that are there already, from one pass of the policy over them.
+
+    Args:
+        policy: The policy that wrote them, as it is now.
+        visuals: One per row.
+        instructions: One per row.
+        answers: Token ids, end-of-text included where an answer came to it.
+        config: The temperature that they were sampled with.
+        features: Precomputed image features, if at hand.
+    """
+    with _evaluating(policy):
+        read = policy.read(visuals, instructions, answers, features)
+    return _rollouts(policy, read, config)
+
+
+@contextmanager
+def _evaluating(policy: Policy) -> Iterator[None]:
     training = policy.training
     policy.eval()
     try:
-        with gathered(policy):
-            written = policy.generate(
-                visuals,
-                instructions,
-                temperature=config.temperature,
-                max_new_tokens=config.max_new_tokens,
-                features=features,
-                force_form=force_form,
-            )
+        yield
     finally:
         policy.train(training)
+
+
+def _rollouts(policy: Policy, written: Generation, config: RolloutConfig) -> Rollouts:
     ids, is_answer = written.sequences.ids, written.is_answer
     return Rollouts(
         sequences=written.sequences,

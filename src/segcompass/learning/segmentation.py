@@ -10,18 +10,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from segcompass.geometry import Frame
-from segcompass.interfaces.base import Alignment
-from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.interfaces.base import Alignment, Interface
 from segcompass.learning.corpus import target_grid
 from segcompass.learning.losses import confidence_bce, dice_loss, focal_loss, map_bce
 from segcompass.learning.matching import match
 from segcompass.types import Sample
 
 Terms = dict[str, Tensor]  # values over which a mean is taken, by name
+MASK_TERMS = ("mask_bce", "dice", "focal", "iou")  # of matched pairs
+HEATMAP_TERMS = ("heatmap_bce", "heatmap_dice")
 
 
 def segmentation_terms(
-    interface: ConceptSlots,
+    interface: Interface,
     keys: Float[Tensor, "B C h w"],
     alignment: Alignment,
     samples: Sequence[Sample],
@@ -32,37 +33,50 @@ def segmentation_terms(
 ) -> Terms:
     """Losses on matched slots, the confidences of all slots, and how good matched masks are.
 
-    Only matched slots are decoded. Slots of pictures without a target learn to be unsure.
+    Only matched slots are decoded. Slots of pictures without a target learn to be unsure. A single
+    slot answers for all targets together.
 
     Returns:
-        ``confidence`` of all B·K slots; ``heatmap_bce``, ``heatmap_dice``, ``dice``, ``focal``,
-        ``iou`` and, with a place head, ``place`` of the M matched pairs.
+        ``confidence`` of all B·K slots; ``mask_bce``, ``dice``, ``focal`` and ``iou`` of the M
+        matched pairs; where there are heatmaps, ``heatmap_bce`` and ``heatmap_dice``, and with a
+        place head ``place``.
     """
-    slots, side, grid = alignment.slots, frames[0].side, keys.shape[-1]
-    wanted = [s.targets for s in samples], [s.image_hw for s in samples]
-    coarse = [target_grid(t, hw, side, grid).to(keys) for t, hw in zip(*wanted, strict=True)]
-    fine = [target_grid(t, hw, side, 4 * grid) for t, hw in zip(*wanted, strict=True)]
-    matches = match(slots.heatmap_logits, slots.confidence_logits, coarse, order=order)
-    matched = torch.zeros_like(slots.confidence_logits)
+    confidence, grid = alignment.confidence_logits, keys.shape[-1]
+    together = confidence.shape[1] == 1
+    coarse = [_wanted(s, f, grid, together).to(keys) for s, f in zip(samples, frames, strict=True)]
+    fine = [_wanted(s, f, 4 * grid, together) for s, f in zip(samples, frames, strict=True)]
+    if alignment.slots is None:
+        maps = keys.new_zeros(*confidence.shape, grid, grid)  # matched by confidence alone
+    else:
+        maps = alignment.slots.heatmap_logits
+    matches = match(maps, confidence, coarse, order=order)
+    matched = torch.zeros_like(confidence)
     matched[matches.images, matches.slots] = 1.0
     chosen = (matches.images, matches.slots)
-    heatmaps = slots.heatmap_logits[chosen]
-    logits = interface.decode(keys, slots, frames=frames, select=chosen)
+    logits = interface.decode(keys, alignment, frames=frames, select=chosen)
     pairs = zip(matches.images.tolist(), matches.indices.tolist(), strict=True)
     targets = logits.new_zeros(logits.shape)
     for row, (image, index) in enumerate(pairs):
         targets[row] = fine[image][index]
     terms = {
-        "confidence": confidence_bce(slots.confidence_logits, matched),
-        "heatmap_bce": map_bce(heatmaps, matches.targets),
-        "heatmap_dice": dice_loss(heatmaps, matches.targets),
+        "confidence": confidence_bce(confidence, matched),
+        "mask_bce": map_bce(logits, targets),
         "dice": dice_loss(logits, targets),
         "focal": focal_loss(logits, targets),
         "iou": _iou(logits.detach() > 0, targets > 0.5),
     }
-    if place is not None:
-        terms["place"] = place.losses(alignment.queries[chosen], matches.targets)
+    if alignment.slots is not None:
+        terms["heatmap_bce"] = map_bce(maps[chosen], matches.targets)
+        terms["heatmap_dice"] = dice_loss(maps[chosen], matches.targets)
+        if place is not None and alignment.queries is not None:
+            terms["place"] = place.losses(alignment.queries[chosen], matches.targets)
     return terms
+
+
+def _wanted(sample: Sample, frame: Frame, grid: int, together: bool) -> Float[Tensor, "N g g"]:
+    """A sample's targets on a grid over the frame; as one target if one slot draws them all."""
+    masks = target_grid(sample.targets, sample.image_hw, frame.side, grid)
+    return masks.sum(0, keepdim=True).clamp_max(1) if together and len(masks) else masks
 
 
 def _iou(found: Bool[Tensor, "M h w"], truth: Bool[Tensor, "M h w"]) -> Float[Tensor, "M"]:

@@ -1,9 +1,10 @@
-"""Run the stages of a config: segmenter -> warmup -> sae -> joint, each resumable by itself.
+"""Run the stages of a config: segmenter -> warmup -> sae -> joint -> scorer, each resumable.
 
 RUN/config.json        the resolved config
 RUN/stages/STAGE/      log.jsonl, state.safetensors
 RUN/segmenter, policy, sae    what the stages hand on, each in its ecosystem's format
 RUN/supervised/        the model after the joint stage's oracle steps, if rollouts follow them
+RUN/source/            the finished model, where a scorer is still to be trained
 RUN/model/             the finished model folder
 """
 
@@ -20,6 +21,8 @@ from torch import nn
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
 from segcompass.data.scenes.writer import write_scenes
 from segcompass.grounding.image_encoder import ImageEncoder
+from segcompass.grounding.segmenters import as_sam, load_segmenter
+from segcompass.interfaces.registry import find
 from segcompass.io.checkpoints import replace_folder
 from segcompass.io.errors import ConfigError
 from segcompass.io.progress import progress
@@ -33,6 +36,7 @@ from segcompass.learning.fit import check_policy, check_sae
 from segcompass.learning.planning.features import limit_pixels
 from segcompass.learning.train_joint import train_joint
 from segcompass.learning.train_sae import train_sae
+from segcompass.learning.train_scorer import source_of, train_scorer
 from segcompass.learning.train_segmenter import train_segmenter
 from segcompass.learning.train_warmup import train_language, train_vision
 from segcompass.model_folder import (
@@ -40,7 +44,6 @@ from segcompass.model_folder import (
     Parts,
     build_interface,
     load_parts,
-    load_segmenter,
     save_model,
 )
 from segcompass.reasoning.loading import load_policy, new_policy, save_policy
@@ -51,7 +54,7 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> Pa
     """Run one stage of a config, or ``all`` of them in order.
 
     Args:
-        stage: segmenter, warmup, sae, joint or all.
+        stage: segmenter, warmup, sae, joint, scorer or all.
         config_path: A YAML config.
         overrides: ``a.b=value`` settings that go before the file's.
         resume: Continue from saved states; stages that are finished are skipped.
@@ -68,7 +71,7 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> Pa
         torch.set_num_threads(config.threads)
     if stage not in {*STAGES, "all"}:
         raise ConfigError(f"no stage is called {stage!r}; choose one of {', '.join(STAGES)}, all")
-    names = list(STAGES) if stage == "all" else [stage]
+    names = stages_of(config) if stage == "all" else [stage]
     if not resume:
         _refuse_overwriting(config.run, names)
     with start() as world:
@@ -104,7 +107,7 @@ def write_data(config: RunConfig) -> None:
 def run_segmenter(config: RunConfig) -> Path:
     """Pretrain the segmenter if the config says how; else hand on the pretrained one."""
     torch.manual_seed(config.seed)
-    sam = load_segmenter(config.segmenter)
+    sam = as_sam(load_segmenter(config.segmenter), config.segmenter)
     if config.train_segmenter is not None:
         train_segmenter(sam, config, config.train_segmenter, config.run / "stages/segmenter")
     return _hand_on(config.run / "segmenter", sam.save_pretrained)
@@ -123,6 +126,8 @@ def run_warmup(config: RunConfig) -> Path:
 
 def run_sae(config: RunConfig) -> Path:
     """Train the SAE on the warm policy."""
+    if config.train_sae is None:
+        raise ConfigError("the config has no section train_sae; it says how the SAE is trained")
     policy = warm_policy(config).to(World.current().device)
     sae = train_sae(policy, config, config.train_sae, config.run / "stages/sae")
     metadata = sae_metadata(config)
@@ -131,7 +136,7 @@ def run_sae(config: RunConfig) -> Path:
 
 def run_joint(config: RunConfig) -> Path:
     """Train the head with the upper policy, and write the finished model."""
-    model, policy, sam, interface, _ = start_model(config)
+    model, policy, sam, interface, _ = start_model(source_of(config))
     stage, world = config.train_joint, World.current()
     modules: tuple[nn.Module, ...] = (policy, sam, interface)
     for module in modules:
@@ -143,8 +148,7 @@ def run_joint(config: RunConfig) -> Path:
             state = full_state(policy, world, getattr(torch, config.policy.dtype))
         state = merged_state(policy, state)
         if world.is_main:
-            parts = (policy, sam, interface.sae, interface)
-            save_model(config.run / name, model, *parts, policy_state=state)
+            save_model(config.run / name, model, policy, sam, interface, policy_state=state)
         world.barrier()
         return config.run / name
 
@@ -152,9 +156,18 @@ def run_joint(config: RunConfig) -> Path:
         if 0 < step == stage.oracle_steps:
             keep("supervised")  # what reinforcement starts from, and is compared with
 
-    encoder, folder = ImageEncoder(sam), config.run / "stages/joint"
+    encoder = ImageEncoder(as_sam(sam, f"the segmenter of {config.run}"))
+    folder = config.run / "stages/joint"
     train_joint(policy, encoder, interface, config, stage, folder, before)
-    return keep("model")
+    return keep("model" if config.train_scorer is None else "source")
+
+
+def run_scorer(config: RunConfig) -> Path:
+    """Train a judge of the finished model's candidates."""
+    if config.train_scorer is None:
+        raise ConfigError("the config has no section train_scorer; it says how a scorer is trained")
+    start = config.train_scorer.start or _made_by("joint", config.run / "source")
+    return train_scorer(config, config.train_scorer, start)
 
 
 STAGES: dict[str, Callable[[RunConfig], Path]] = {
@@ -162,7 +175,17 @@ STAGES: dict[str, Callable[[RunConfig], Path]] = {
     "warmup": run_warmup,
     "sae": run_sae,
     "joint": run_joint,
+    "scorer": run_scorer,
 }
+
+
+def stages_of(config: RunConfig) -> list[str]:
+    """The stages of ``all``, in order: an SAE and a scorer are for the interfaces that have one."""
+    scorer = config.train_scorer
+    if scorer is not None and scorer.start is not None:
+        return ["scorer"]
+    needed = {"sae": find(source_of(config).interface).has_concepts, "scorer": scorer is not None}
+    return [stage for stage in STAGES if needed.get(stage, True)]
 
 
 def start_policy(config: RunConfig) -> Policy:
@@ -199,10 +222,17 @@ def start_model(config: RunConfig) -> Parts:
         return parts._replace(config=parts.config.model_copy(update={"name": config.run.name}))
     policy = warm_policy(config)
     sam = load_segmenter(_made_by("segmenter", config.run / "segmenter"))
-    folder = _made_by("sae", config.run / "sae")
-    check_sae(folder, policy.width, config.policy.use.sae_layer)
-    sae = SparseAutoencoder.load(folder)
-    model = ModelConfig(name=config.run.name, policy=config.policy.use, head=config.head)
+    sae = None
+    if find(config.interface).has_concepts:
+        folder = _made_by("sae", config.run / "sae")
+        check_sae(folder, policy.width, config.policy.use.sae_layer)
+        sae = SparseAutoencoder.load(folder)
+    model = ModelConfig(
+        name=config.run.name,
+        interface=config.interface,
+        head=config.head,
+        policy=config.policy.use,
+    )
     torch.manual_seed(config.seed)
     return Parts(model, policy, sam, build_interface(model, policy, sam, sae), fingerprint="")
 

@@ -12,7 +12,8 @@ are the data set's own: the head learns to read before its masks are anyone's re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,24 +21,26 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from segcompass.geometry import padding_mask
 from segcompass.grounding.image_encoder import ImageEncoder
-from segcompass.interfaces.base import Alignment
-from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.interfaces.base import Interface
+from segcompass.learning.answers import Answers
 from segcompass.learning.checks import training_samples
-from segcompass.learning.config import JointStage, RunConfig
-from segcompass.learning.corpus import encode_answers, target_grid
-from segcompass.learning.engine.distributed import World
+from segcompass.learning.config import RunConfig
+from segcompass.learning.corpus import encode_answers
+from segcompass.learning.engine.distributed import World, split
 from segcompass.learning.engine.freezing import freeze, frozen_copy
 from segcompass.learning.engine.loop import Loop, Losses, grouped_indices
 from segcompass.learning.engine.lora import reference as without_adapters
 from segcompass.learning.engine.sharding import anchor, enable_checkpointing, shard
+from segcompass.learning.engine.vllm_rollouts import VllmSampler, open_engine
 from segcompass.learning.grpo import advantages, answer_log_probs, grpo_loss
 from segcompass.learning.questions import PictureMemo, Questions
-from segcompass.learning.rewards import format_score, mask_score
-from segcompass.learning.rollouts import Rollouts, sample_answers
-from segcompass.learning.segmentation import PlaceHead, Terms, segmentation_terms
-from segcompass.learning.train_warmup import answer_losses
+from segcompass.learning.rollouts import Sampler, sample_answers
+from segcompass.learning.segmentation import PlaceHead, Terms
+from segcompass.learning.stages import JointStage
+from segcompass.learning.teachers import Teacher, rows_of
+from segcompass.learning.teaching import teacher_of
+from segcompass.learning.train_warmup import answer_losses, answer_tokens
 from segcompass.learning.watching.watch import joint_observers, joint_panels
 from segcompass.pipeline import SegCompass
 from segcompass.reasoning.policy import Policy
@@ -47,7 +50,7 @@ from segcompass.types import ReasoningBatch
 def train_joint(
     policy: Policy,
     encoder: ImageEncoder,
-    interface: ConceptSlots,
+    interface: Interface,
     config: RunConfig,
     stage: JointStage,
     folder: Path,
@@ -82,7 +85,7 @@ def train_joint(
     loop.resume()
     losses = panels.before(step) if panels else step
 
-    def one_step(number: int) -> Losses:
+    def one_step(number: int) -> Losses | Iterable[Losses]:
         before(number)
         return losses(number)
 
@@ -98,13 +101,15 @@ class JointStep:
         self,
         policy: Policy,
         encoder: ImageEncoder,
-        interface: ConceptSlots,
+        interface: Interface,
         config: RunConfig,
         stage: JointStage,
     ) -> None:
         self.policy, self.encoder, self.interface = policy, encoder, interface
         self.stage, self.seed, self.world = stage, config.seed, World.current()
         self.place = PlaceHead(policy.width).to(policy.model.device)
+        place = self.place if stage.place_weight > 0 else None
+        self.teacher: Teacher = teacher_of(policy, encoder, interface, stage, place)
         samples = training_samples(config.data, policy.prompt, config.run)
         self.samples = samples[: stage.samples]
         self.lengths = [len(s.thought or "") + len(s.instruction) for s in self.samples]
@@ -115,109 +120,149 @@ class JointStep:
         self.penalised = learns and stage.grpo.kl > 0
         copied = self.penalised and stage.lora is None  # else its adapters are switched off
         self.reference = frozen_copy(policy) if copied else None
+        self.sampler: Sampler | None = None
+        if stage.rollout.backend == "vllm":
+            engine = open_engine(policy, stage.rollout, config.run / "vllm", self.seed)
+            self.sampler = VllmSampler(engine)
 
-    def __call__(self, step: int) -> Losses:
-        """The weighted sum of Eq. 6, and everything worth a line in the log."""
+    def __call__(self, step: int) -> Iterator[Losses]:
+        """The weighted sum of Eq. 6, and everything worth a line in the log, by micro-batches."""
         told = step < self.stage.oracle_steps
         count = self.stage.batch * (self.stage.rollout.group if told else 1)
         chosen = grouped_indices(step, count, self.lengths, self.stage.group, self.seed)
-        samples = [self.samples[i] for i in self.world.slice(chosen)]
-        questions = self.questions(samples)
+        questions = self.questions([self.samples[i] for i in self.world.slice(chosen)])
         forced = step < self.stage.oracle_steps + self.stage.rollout.forced_steps
-        terms, hidden = (
-            self.from_oracle(questions) if told else self.from_rollouts(questions, forced)
-        )
-        means = self.world.means(terms)
-        weights = self.stage.weights()
+        answers, figures = (self.given(questions), {}) if told else self.written(questions, forced)
+        counts = self.counts(answers, figures)
+        totals = self.world.totals(counts)
+        for part in self.micro_batches(answers):
+            terms, hidden = self.terms(part)
+            terms, figures = {**terms, **figures}, {}
+            for name, values in terms.items():
+                counts[name] = counts.get(name, 0) - values.numel()
+            yield self.losses(terms, totals, hidden, self.stage.weights(step))
+        assert not any(counts.values()), f"values that were announced and not there: {counts}"
+
+    def losses(
+        self,
+        terms: Terms,
+        totals: Mapping[str, int],
+        hidden: Float[Tensor, "B L D"],
+        weights: Mapping[str, float],
+    ) -> Losses:
+        """What a micro-batch adds to the step's loss and figures."""
+        shares = self.world.shares(terms, totals)
         nothing = 0 * self.place.rows.bias.sum()  # frozen layers, no whole answer: still a gradient
-        parts = [weights[name] * means[name] for name in weights if name in means]
+        parts = [weights[name] * shares[name] for name in weights if name in shares]
         loss = torch.stack([nothing, anchor(hidden), *parts]).sum()
-        answers = len(questions.samples) * (1 if told else self.stage.rollout.group)
-        figures = {name: mean.detach() for name, mean in means.items()}
-        return {"loss": loss, **figures, "answers": torch.tensor(answers)}
+        figures = {name: share.detach() for name, share in shares.items()}
+        return {"loss": loss, **figures, "answers": torch.tensor(len(hidden))}
 
-    def from_oracle(self, questions: Questions) -> tuple[Terms, Float[Tensor, "B L D"]]:
-        """Supervision alone, on the data set's own answers; also the last states."""
-        _, sequences = encode_answers(self.policy, questions.samples, self.pictures.visuals)
-        states, hidden = self.policy(sequences, questions.visuals, questions.features)
-        with torch.set_grad_enabled(self.stage.language_weight > 0):
-            language, _ = answer_losses(self.policy, sequences, hidden)
-        return {"language": language, **self.segmentation(states, questions)}, hidden
-
-    def from_rollouts(
-        self, questions: Questions, forced: bool = False
-    ) -> tuple[Terms, Float[Tensor, "B L D"]]:
-        """Both halves of Eq. 6, on answers that the policy writes now; also the last states.
-
-        A model that never writes the K tokens by itself earns nothing to learn from: while the form
-        is ``forced``, the ending is taught by cross-entropy, and only the thought by its reward.
-        """
-        group = self.stage.rollout.group
-        questions = questions.take(i for i in range(len(questions.samples)) for _ in range(group))
-        instructions = [s.instruction for s in questions.samples]
-        rollouts = sample_answers(
-            self.policy,
-            questions.visuals,
-            instructions,
-            self.stage.rollout,
-            questions.features,
-            force_form=forced,
+    def given(self, questions: Questions) -> list[Answers]:
+        """The data set's own answers."""
+        _, sequences = encode_answers(
+            self.policy, questions.samples, self.pictures.visuals, self.teacher.conclude
         )
-        states, hidden = self.policy(rollouts.sequences, questions.visuals, questions.features)
-        rewards = self.rewards(rollouts, questions)
-        good = rollouts.well_formed
-        chosen = ReasoningBatch(*(part[good] for part in states))
-        terms = {
-            **self.reinforcement(rollouts, questions, hidden, rewards["reward"], forced),
-            **(self.segmentation(chosen, questions.take(_rows(good))) if good.any() else {}),
-            **rewards,
-            "length": rollouts.is_answer.sum(1).float(),
-            "well_formed": good.float(),
+        is_answer = answer_tokens(sequences)
+        return [Answers(questions, sequences, is_answer, is_answer.any(1))]
+
+    def written(self, questions: Questions, forced: bool) -> tuple[list[Answers], Terms]:
+        """Answers that the policy writes now, and what is to be logged of them."""
+        group, config = self.stage.rollout.group, self.stage.rollout
+        rows = [i for i in range(len(questions.samples)) for _ in range(group)]
+        answers, rewards, sample = [], [], self.sampler or sample_answers
+        for part in self.parts(rows, config.batch):
+            asked = questions.take(part)
+            texts = [s.instruction for s in asked.samples]
+            rollouts = sample(
+                self.policy, asked.visuals, texts, config, asked.features, force_form=forced
+            )
+            rewards.append(self.teacher.rewards(rollouts, asked))
+            sequences, is_answer, log_probs, _, good, *_ = rollouts
+            answers.append(Answers(asked, sequences, is_answer, good, log_probs, forced=forced))
+        figures = {name: torch.cat([r[name] for r in rewards]) for name in rewards[0]}
+        groups = figures["reward"].view(-1, group)
+        gains = torch.split(advantages(groups).flatten(), [len(a.well_formed) for a in answers])
+        figures |= {
+            "groups_that_teach": (groups.std(1, correction=0) > 1e-6).float(),
+            "length": torch.cat([a.is_answer.sum(1).float() for a in answers]),
+            "well_formed": torch.cat([a.well_formed.float() for a in answers]),
         }
+        return [a._replace(advantages=g) for a, g in zip(answers, gains, strict=True)], figures
+
+    def parts(self, rows: Sequence[int], limit: int | None) -> list[list[int]]:
+        """Rows in parts of at most ``limit``, as many parts on every rank, none of them empty."""
+        if limit is None:
+            return [list(rows)]
+        counts = self.world.gather_objects(len(rows))
+        return split(rows, min(math.ceil(max(counts) / limit), min(counts)))
+
+    def micro_batches(self, answers: Sequence[Answers]) -> Iterator[Answers]:
+        """Parts that go through the policy together."""
+        for whole in answers:
+            rows = range(len(whole.well_formed))
+            parts = self.parts(rows, self.stage.micro_batch)
+            yield from (whole.take(part) for part in parts) if len(parts) > 1 else [whole]
+
+    def counts(self, answers: Sequence[Answers], figures: Terms) -> dict[str, int]:
+        """How many values each term of the step has on this rank: what means are taken over."""
+        rows = sum(len(a.well_formed) for a in answers)
+        good = [a.questions.samples[i] for a in answers for i in rows_of(a.well_formed)]
+        counts = {**self.teacher.counts(good), **{n: v.numel() for n, v in figures.items()}}
+        if answers[0].advantages is None:
+            return {**counts, "language": sum(int(a.is_answer.sum()) for a in answers)}
+        counts |= dict.fromkeys(("policy", "kl", "clipped"), rows)
+        if answers[0].forced:
+            counts["form"] = sum(int(self.ending(a).sum()) for a in answers)
+        return counts
+
+    def terms(self, part: Answers) -> tuple[Terms, Float[Tensor, "B L D"]]:
+        """Both halves of Eq. 6, from one pass with gradient; also its last states."""
+        questions, good = part.questions, part.well_formed
+        states, hidden = self.policy(part.sequences, questions.visuals, questions.features)
+        terms = (
+            self.imitation(part, hidden)
+            if part.advantages is None
+            else self.reinforcement(part, hidden)
+        )
+        if good.any():
+            chosen = ReasoningBatch(*(values[good] for values in states))
+            terms |= self.teacher.supervise(chosen, questions.take(rows_of(good)))
         return terms, hidden
 
-    def segmentation(self, states: ReasoningBatch, questions: Questions) -> Terms:
-        """The supervised terms of well-formed answers."""
-        alignment = self.align(states, questions, self.gates(len(states.token_ids)))
-        return segmentation_terms(
-            self.interface,
-            questions.keys,
-            alignment,
-            questions.samples,
-            questions.frames,
-            order=self.stage.order_weight,
-            place=self.place if self.stage.place_weight > 0 else None,
-        )
+    def imitation(self, part: Answers, hidden: Float[Tensor, "B L D"]) -> Terms:
+        """Cross-entropy of the data set's own answers."""
+        with torch.set_grad_enabled(self.stage.language_weight > 0):
+            language, _ = answer_losses(self.policy, part.sequences, hidden)
+        return {"language": language}
 
-    def reinforcement(
-        self,
-        rollouts: Rollouts,
-        questions: Questions,
-        hidden: Float[Tensor, "B L D"],
-        rewards: Float[Tensor, "B"],
-        forced: bool = False,
-    ) -> Terms:
-        """GRPO's loss and the KL divergence of every answer; what a forced ending costs."""
-        temperature, group = self.stage.rollout.temperature, self.stage.rollout.group
-        tokens = (rollouts.sequences.ids, rollouts.is_answer, temperature)
+    def reinforcement(self, part: Answers, hidden: Float[Tensor, "B L D"]) -> Terms:
+        """GRPO's loss and the KL divergence of every answer; what a forced ending costs.
+
+        A model that never writes the form by itself earns nothing to learn from: while the form
+        is forced, the ending is taught by cross-entropy, and only the thought by its reward.
+        """
+        assert part.log_probs is not None and part.advantages is not None
+        tokens = (part.sequences.ids, part.is_answer, self.stage.rollout.temperature)
         new = answer_log_probs(self.policy, hidden, *tokens)
         before = None
         if self.penalised:
+            visuals, features = part.questions.visuals, part.questions.features
             with torch.no_grad(), self.as_it_was() as reference:
-                _, states = reference(rollouts.sequences, questions.visuals, questions.features)
+                _, states = reference(part.sequences, visuals, features)
                 before = answer_log_probs(reference, states, *tokens)
-        chosen = rollouts.is_answer
-        ending = chosen & (chosen.flip(1).cumsum(1).flip(1) <= len(self.policy.prompt.ending))
-        if forced:
-            chosen = chosen & ~ending
-        groups = rewards.view(-1, group)
-        advantage = advantages(groups).flatten()
+        ending = self.ending(part)
+        chosen = part.is_answer & ~ending if part.forced else part.is_answer
         loss, kl, clipped = grpo_loss(
-            new, rollouts.log_probs, before, chosen, advantage, self.stage.grpo
+            new, part.log_probs, before, chosen, part.advantages, self.stage.grpo
         )
-        decided = groups.std(1, correction=0) > 1e-6
-        terms = {"policy": loss, "kl": kl, "clipped": clipped, "groups_that_teach": decided.float()}
-        return {**terms, "form": -new[ending]} if forced else terms
+        terms = {"policy": loss, "kl": kl, "clipped": clipped}
+        return {**terms, "form": -new[ending]} if part.forced else terms
+
+    def ending(self, part: Answers) -> Bool[Tensor, "B L"]:
+        """The tokens that close each answer: what is forced with the form."""
+        behind = part.is_answer.flip(1).cumsum(1).flip(1)
+        return part.is_answer & (behind <= len(self.policy.prompt.ending))
 
     @contextmanager
     def as_it_was(self) -> Iterator[Policy]:
@@ -227,46 +272,3 @@ class JointStep:
             return
         with without_adapters(self.policy):
             yield self.policy
-
-    @torch.no_grad()
-    def rewards(self, rollouts: Rollouts, questions: Questions) -> dict[str, Float[Tensor, "B"]]:
-        """What each answer earns, from the states it was written with."""
-        form = [format_score(self.policy.prompt, ids) for ids in rollouts.ids]
-        masks = [0.0] * len(form)
-        good = _rows(rollouts.well_formed)
-        if good:
-            chosen = questions.take(good)
-            states = ReasoningBatch(*(part[good] for part in rollouts.states))
-            slots = self.align(states, chosen).slots
-            counts = slots.confidence_logits.sigmoid() > self.stage.rewards.threshold
-            rows, columns = counts.nonzero().unbind(1)
-            select = (rows, columns)
-            logits = self.interface.decode(chosen.keys, slots, frames=chosen.frames, select=select)
-            found = torch.split(logits, counts.sum(1).tolist())
-            side, grid = self.encoder.side, 4 * chosen.keys.shape[-1]
-            for row, sample, maps in zip(good, chosen.samples, found, strict=True):
-                wanted = target_grid(sample.targets, sample.image_hw, side, grid)
-                masks[row] = mask_score(maps, wanted.to(maps.device), self.stage.rewards)
-        device = questions.keys.device
-        parts = torch.tensor(form, device=device), torch.tensor(masks, device=device)
-        total = self.stage.rewards.format * parts[0] + self.stage.rewards.mask * parts[1]
-        return {"reward": total, "reward_format": parts[0], "reward_mask": parts[1]}
-
-    def align(
-        self, states: ReasoningBatch, questions: Questions, gates: Tensor | None = None
-    ) -> Alignment:
-        """From states to slots, padding left out."""
-        grid = questions.keys.shape[-1]
-        padding = padding_mask(questions.frames, grid, questions.keys.device)
-        return self.interface.align(states, questions.keys, padding=padding, gates=gates)
-
-    def gates(self, count: int) -> Float[Tensor, "B 2"]:
-        """Cut off one path of some rows, never both, so that neither path becomes decorative."""
-        draw = torch.rand(count, device=self.place.rows.weight.device)
-        tokens = draw >= self.stage.drop_tokens
-        concepts = draw < 1 - self.stage.drop_concepts
-        return torch.stack([tokens, concepts], 1).float()
-
-
-def _rows(mask: Bool[Tensor, "B"]) -> list[int]:
-    return [int(i) for i in mask.nonzero().flatten()]

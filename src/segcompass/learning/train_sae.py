@@ -31,8 +31,9 @@ from segcompass.learning.activations.stream import (
     plan_stream,
 )
 from segcompass.learning.checks import training_samples
-from segcompass.learning.config import RunConfig, SaeStage
+from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.distributed import World
+from segcompass.learning.stages import SaeStage
 from segcompass.reasoning.policy import Policy
 
 REPORT = "sae_report.json"

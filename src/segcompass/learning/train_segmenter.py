@@ -19,10 +19,11 @@ from segcompass.geometry import Frame
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.io.masks import box, decode
-from segcompass.learning.config import RunConfig, SegmenterStage
+from segcompass.learning.config import RunConfig
 from segcompass.learning.corpus import frame_memo, read_pictures, target_grid
 from segcompass.learning.engine.loop import Loop, Losses, batch_indices
 from segcompass.learning.losses import dice_loss, map_bce, soft_iou
+from segcompass.learning.stages import SegmenterStage
 
 
 def train_segmenter(sam: SamModel, config: RunConfig, stage: SegmenterStage, folder: Path) -> None:

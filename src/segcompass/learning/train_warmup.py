@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from segcompass.data.scenes.catalog import MAP_SIDE
 from segcompass.io.errors import ConfigError
 from segcompass.learning.checks import training_samples
-from segcompass.learning.config import LanguageStage, RunConfig, VisionStage
+from segcompass.learning.config import RunConfig
 from segcompass.learning.corpus import (
     DENSE_TARGETS,
     dense_targets,
@@ -30,6 +30,8 @@ from segcompass.learning.corpus import (
     visual_memo,
 )
 from segcompass.learning.engine.loop import Loop, Losses, batch_indices, grouped_indices
+from segcompass.learning.object_teacher import oracle_conclusion
+from segcompass.learning.stages import LanguageStage, VisionStage
 from segcompass.learning.watching.watch import stage_observers
 from segcompass.reasoning.policy import Policy, Sequences
 from segcompass.types import TokenKind
@@ -108,11 +110,12 @@ def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, fold
     )
     loop.resume()
     lengths = [len(s.thought or "") + len(s.instruction) for s in samples]
+    conclude = oracle_conclusion(policy.config.prompt, config.head)
 
     def losses(step: int) -> Losses:
         chosen = grouped_indices(step, stage.batch, lengths, stage.group, config.seed)
         batch = [samples[i] for i in chosen]
-        pictures, sequences = encode_answers(policy, batch, visuals)
+        pictures, sequences = encode_answers(policy, batch, visuals, conclude)
         seen = [features(s.image_path) for s in batch] if features else None
         _, hidden = policy(sequences, pictures, seen)
         tokens, right = answer_losses(policy, sequences, hidden)
@@ -126,8 +129,14 @@ def answer_losses(
     policy: Policy, sequences: Sequences, hidden: Float[Tensor, "B L D"]
 ) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
     """Cross-entropy of each of the answers' n tokens, and whether it was predicted exactly."""
-    is_answer = sequences.kinds >= TokenKind.THOUGHT
-    is_answer[:, -1] = True  # end-of-text
+    is_answer = answer_tokens(sequences)
     targets = sequences.ids[:, 1:][is_answer[:, 1:]]
     logits = policy.language_logits(hidden[:, :-1][is_answer[:, 1:]]).float()
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+
+
+def answer_tokens(sequences: Sequences) -> Bool[Tensor, "B L"]:
+    """The tokens of whole answers that stand at the right, end-of-text included."""
+    is_answer = sequences.kinds >= TokenKind.THOUGHT
+    is_answer[:, -1] = True  # end-of-text
+    return is_answer

@@ -6,7 +6,7 @@ Real Hugging Face models only: `Qwen2_5_VLForConditionalGeneration` and
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from segcompass.geometry import pad_to_square, shrink, token_boxes
+from segcompass.geometry import Fit, pad_to_square, shrink, stretch, token_boxes
 
 _MAX_SQUARE = 4096  # px; a long thin picture on its square must not exhaust the memory
 _MAX_STRETCH = 200  # Qwen2.5-VL's processor refuses pictures longer than this times their width
@@ -79,10 +79,17 @@ class Backbone(Protocol):
 class _Base:
     """What both families share."""
 
-    def __init__(self, model: PreTrainedModel, image_processor: Any, pad_square: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_processor: Any,
+        pad_square: bool,
+        stretch_to: int | None = None,
+    ) -> None:
         self.model = model
         self.image_processor = image_processor
         self.pad_square = pad_square
+        self.stretch_to = stretch_to
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -105,15 +112,15 @@ class _Base:
         video = getattr(self.model.config, "video_token_id", None)
         return [self.image_token_id] if video is None else [self.image_token_id, int(video)]
 
-    def _fit(self, image: np.ndarray) -> Literal["square", "stretch"]:
+    def _fit(self, image: np.ndarray) -> Fit:
         """Whether the policy sees the picture on a square, or stretched to its grid."""
         return "square" if self.pad_square else "stretch"
 
     def _framed(self, image: np.ndarray) -> np.ndarray:
-        if self._fit(image) == "stretch":
-            return image
-        red, green, blue = (round(255 * c) for c in self.image_processor.image_mean)
-        return pad_to_square(shrink(image, _MAX_SQUARE), (red, green, blue))
+        if self._fit(image) == "square":
+            red, green, blue = (round(255 * c) for c in self.image_processor.image_mean)
+            image = pad_to_square(shrink(image, _MAX_SQUARE), (red, green, blue))
+        return image if self.stretch_to is None else stretch(image, self.stretch_to)
 
     def _boxes(self, grid: tuple[int, int], image: np.ndarray) -> Float[np.ndarray, "n 4"]:
         return token_boxes(grid, (image.shape[0], image.shape[1]), fit=self._fit(image))
@@ -128,9 +135,10 @@ class QwenBackbone(_Base):
         assert isinstance(tower, nn.Module)
         return tower
 
-    def _fit(self, image: np.ndarray) -> Literal["square", "stretch"]:
+    def _fit(self, image: np.ndarray) -> Fit:
         short, long = sorted(image.shape[:2])
-        return "square" if self.pad_square or long > _MAX_STRETCH * short else "stretch"
+        refused = self.stretch_to is None and long > _MAX_STRETCH * short
+        return "square" if self.pad_square or refused else "stretch"
 
     def prepare(self, image: np.ndarray) -> VisualInput:
         framed = self._framed(image)
@@ -168,7 +176,13 @@ class QwenBackbone(_Base):
 class LlavaBackbone(_Base):
     """LLaVA-1.5: CLIP at a fixed size; the picture is padded to a square so no border is lost."""
 
-    def __init__(self, model: PreTrainedModel, image_processor: Any, pad_square: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_processor: Any,
+        pad_square: bool,
+        stretch_to: int | None = None,
+    ) -> None:
         if not pad_square:
             raise ValueError("LLaVA's image processor crops to a square; set pad_to_square: true")
         if model.config.vision_feature_select_strategy != "default":
@@ -176,7 +190,7 @@ class LlavaBackbone(_Base):
                 "LLaVA's class token stands nowhere in the picture; drop it: set "
                 "vision_feature_select_strategy to default"
             )
-        super().__init__(model, image_processor, pad_square)
+        super().__init__(model, image_processor, pad_square, stretch_to)
 
     @property
     def vision(self) -> nn.Module:

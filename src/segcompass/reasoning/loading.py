@@ -19,7 +19,6 @@ from segcompass.reasoning.from_scratch import (
     build_tokenizer,
 )
 from segcompass.reasoning.policy import Policy, PolicyConfig
-from segcompass.reasoning.prompts import concentration_tokens
 
 _IMAGE_PROCESSORS: dict[str, Any] = {
     "qwen2_5_vl": Qwen2VLImageProcessorPil,
@@ -74,10 +73,12 @@ def load_policy(
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    _add_concentration_tokens(model, tokenizer, config.prompt.slots)
+    _add_concentration_tokens(model, tokenizer, config.prompt.tokens)
     try:
         return Policy(
-            backbone_class(model, processor, config.pad_to_square), tokenizer, config
+            backbone_class(model, processor, config.pad_to_square, config.stretch_to),
+            tokenizer,
+            config,
         ).eval()
     except ValueError as error:
         raise CheckpointError(f"{source} cannot be used as configured: {error}") from error
@@ -85,10 +86,11 @@ def load_policy(
 
 def new_policy(scratch: ScratchConfig, config: PolicyConfig, texts: list[str], seed: int) -> Policy:
     """A randomly initialised policy whose tokenizer knows the words of ``texts``."""
-    tokenizer = build_tokenizer(texts, scratch.vocabulary, config.prompt.slots)
+    tokenizer = build_tokenizer(texts, scratch.vocabulary, len(config.prompt.tokens))
     model = build_model(scratch, tokenizer, seed)
     family = FAMILIES["qwen2_5_vl"][1]
-    backbone = family(model, build_image_processor(scratch), config.pad_to_square)
+    processor = build_image_processor(scratch)
+    backbone = family(model, processor, config.pad_to_square, config.stretch_to)
     return Policy(backbone, tokenizer, config)
 
 
@@ -112,13 +114,13 @@ def save_policy(
     policy.backbone.image_processor.save_pretrained(folder)
 
 
-def _add_concentration_tokens(model: Any, tokenizer: Any, slots: int) -> None:
+def _add_concentration_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> None:
     """Give an instruct model its K new tokens; row k starts as the mean of the words "object k".
 
     A row like no other would never be written, and would read as noise.
     """
     known = tokenizer.get_vocab()
-    new = [token for token in concentration_tokens(slots) if token not in known]
+    new = [token for token in tokens if token not in known]
     if not new:
         return
     tokenizer.add_tokens(new, special_tokens=True)

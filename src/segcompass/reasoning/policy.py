@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 
+from segcompass.reasoning.attention import AttentionTap
 from segcompass.reasoning.backbones import Backbone, VisualInput
 from segcompass.reasoning.forced_form import ForcedForm
 from segcompass.reasoning.prompts import EncodedPrompt, ParsedAnswer, Prompt, PromptConfig
@@ -29,6 +30,9 @@ class PolicyConfig(BaseModel, frozen=True, extra="forbid"):
     prompt: PromptConfig = PromptConfig()
     sae_layer: int = Field(1, ge=0, description="the SAE reads the output of layers[sae_layer]")
     pad_to_square: bool = Field(False, description="centre pictures on a square (LLaVA)")
+    stretch_to: int | None = Field(
+        None, ge=28, description="scale pictures to a square of this side, in px (Seg-Zero)"
+    )
     max_new_tokens: int = Field(160, ge=1, description="longest answer in tokens")
 
 
@@ -52,6 +56,7 @@ class Generation(NamedTuple):
     sequences: Sequences  # prompts and answers; end-of-text counts as padding
     is_answer: Bool[Tensor, "B M"]  # the tokens of each answer, end-of-text included
     hidden: Float[Tensor, "B l D"]  # final states: position t wrote token t + 1
+    image_attention: list[Float[Tensor, "K n"]] | None = None  # see reasoning/attention.py
 
 
 class StateTap:
@@ -116,8 +121,8 @@ class Policy(nn.Module):
 
     @property
     def slots(self) -> int:
-        """K, the number of concentration tokens."""
-        return self.config.prompt.slots
+        """K, the number of concentration tokens; none where answers are text."""
+        return len(self.prompt.slot_ids)
 
     @property
     def sae_layer(self) -> nn.Module:
@@ -129,14 +134,23 @@ class Policy(nn.Module):
         visuals: Sequence[VisualInput],
         instructions: Sequence[str],
         thoughts: Sequence[str] | None = None,
+        conclusions: Sequence[str] | None = None,
     ) -> Sequences:
         """Left-padded prompts, followed by whole answers when ``thoughts`` are given.
 
+        Args:
+            visuals: One picture per row.
+            instructions: One text per row.
+            thoughts: Chains of thought, one per row.
+            conclusions: What those answers conclude with, where their form is a text.
+
         Raises:
-            ValueError: if the counts differ, or an instruction is empty or too long.
+            ValueError: if the counts differ, an instruction is empty or too long, or a conclusion
+                is not of the configured form.
         """
         told = len(instructions if thoughts is None else thoughts)
-        if not len(visuals) == len(instructions) == told > 0:
+        concluded = told if conclusions is None else len(conclusions)
+        if not len(visuals) == len(instructions) == told == concluded > 0:
             raise ValueError(
                 f"got {len(visuals)} pictures, {len(instructions)} instructions and {told} "
                 "answers; give one of each for every row, and at least one row"
@@ -145,7 +159,8 @@ class Policy(nn.Module):
         for i, (visual, instruction) in enumerate(zip(visuals, instructions, strict=True)):
             row = self.prompt.encode(instruction, visual.grid[0] * visual.grid[1])
             if thoughts is not None:
-                answer = self.prompt.encode_answer(thoughts[i])
+                conclusion = "" if conclusions is None else conclusions[i]
+                answer = self.prompt.encode_answer(thoughts[i], conclusion)
                 row = EncodedPrompt(row.ids + answer.ids, row.kinds + answer.kinds)
             rows.append(row)
         return self.pad(rows)
@@ -239,6 +254,7 @@ class Policy(nn.Module):
         max_new_tokens: int | None = None,
         features: Sequence[Float[Tensor, "n D"]] | None = None,
         on_text: OnText | None = None,
+        attention: bool = False,
     ) -> Generation:
         """Answer a batch; greedy at temperature 0.
 
@@ -250,6 +266,7 @@ class Policy(nn.Module):
             max_new_tokens: Longest answer; the policy's own limit by default.
             features: Precomputed image features, if at hand.
             on_text: Told after every token what each row says so far; what it raises ends the call.
+            attention: Also tell what the concentration tokens look at, where that can be seen.
 
         Raises:
             ValueError: if an instruction is empty or too long, or an answer has no room.
@@ -258,8 +275,9 @@ class Policy(nn.Module):
         limit = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
         if limit < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
-        tap = StateTap()
-        with tap.armed(self.sae_layer, self.backbone.final_norm):
+        tap, looks = StateTap(), AttentionTap(prompts.ids.shape[1])
+        watched = list(self.backbone.layers) if attention else []
+        with tap.armed(self.sae_layer, self.backbone.final_norm), looks.armed(watched):
             output = self.model.generate(
                 input_ids=prompts.ids,
                 attention_mask=prompts.attention,
@@ -271,10 +289,31 @@ class Policy(nn.Module):
                 **self._image_arguments(visuals, features),
                 **self.backbone.position_arguments(prompts.ids),
             )
-        # A sharded model goes on reading, for nothing, until all ranks have their answers.
-        consumed = output.shape[1] - 1  # the very last token was never read by the model
-        sae, final = (torch.cat(part, 1)[:, :consumed] for part in (tap.sae, tap.final))
-        return self._take_apart(prompts, output, sae, final)
+        eos, written = self.prompt.eos_token_id, output[:, prompts.ids.shape[1] :].tolist()
+        answers = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in written]
+        made = self._generation(prompts, answers, torch.cat(tap.sae, 1), torch.cat(tap.final, 1))
+        return made._replace(image_attention=looks.to_image(made.sequences.kinds))
+
+    @torch.no_grad()
+    def read(
+        self,
+        visuals: Sequence[VisualInput],
+        instructions: Sequence[str],
+        answers: Sequence[list[int]],
+        features: Sequence[Float[Tensor, "n D"]] | None = None,
+    ) -> Generation:
+        """What :meth:`generate` returns when it writes these answers, from one pass over them.
+
+        Args:
+            visuals: One picture per row.
+            instructions: One text per row.
+            answers: Token ids, end-of-text included where an answer came to it; none is empty.
+            features: Precomputed image features, if at hand.
+        """
+        prompts = self.encode(visuals, instructions)
+        sequences, _ = self._behind(prompts, answers)
+        states, final = self(sequences, visuals, features)
+        return self._generation(prompts, answers, states.sae_states, final)
 
     def _generation_config(self, temperature: float, limit: int) -> GenerationConfig:
         untruncated = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -288,33 +327,43 @@ class Policy(nn.Module):
             eos_token_id=self.prompt.eos_token_id,
         )
 
-    def _take_apart(
+    def _behind(
+        self, prompts: Sequences, answers: Sequence[list[int]]
+    ) -> tuple[Sequences, Bool[Tensor, "B M"]]:
+        """Answers behind their prompts, padded on the right; and where they stand."""
+        width, (rows, device) = prompts.ids.shape[1], (len(answers), prompts.ids.device)
+        longest = width + max(map(len, answers))
+        ids = torch.full((rows, longest), int(self.tokenizer.pad_token_id), device=device)
+        kinds = torch.full_like(ids, int(TokenKind.PADDING))
+        ids[:, :width], kinds[:, :width] = prompts
+        is_answer = torch.zeros_like(ids, dtype=torch.bool)
+        for row, answer in enumerate(answers):
+            place = slice(width, width + len(answer))
+            ids[row, place] = torch.tensor(answer, device=device)
+            kinds[row, place] = torch.tensor(self.prompt.answer_kinds(answer), device=device)
+            is_answer[row, place] = True
+        return Sequences(ids, kinds), is_answer
+
+    def _generation(
         self,
         prompts: Sequences,
-        output: Int[Tensor, "B M"],
+        answers: Sequence[list[int]],
         sae: Float[Tensor, "B l D"],
         final: Float[Tensor, "B l D"],
     ) -> Generation:
-        """Cut answers at end-of-text, parse them, and line their tokens up with their states."""
-        width = prompts.ids.shape[1]
-        consumed = sae.shape[1]
-        kinds = torch.full_like(output, int(TokenKind.PADDING))
-        kinds[:, :width] = prompts.kinds
-        is_answer = torch.zeros_like(output, dtype=torch.bool)
-        answers: list[ParsedAnswer] = []
-        texts: list[str] = []
-        for row, ids in enumerate(output[:, width:].tolist()):
-            eos = self.prompt.eos_token_id
-            answer = ids[: ids.index(eos) + 1] if eos in ids else ids
-            answers.append(self.prompt.parse(answer))
-            texts.append(self.prompt.decode(answer[:-1] if answer[-1] == eos else answer))
-            answer_kinds = torch.tensor(self.prompt.answer_kinds(answer), device=output.device)
-            kinds[row, width : width + len(answer)] = answer_kinds
-            is_answer[row, width : width + len(answer)] = True
-        read = Sequences(output[:, :consumed], kinds[:, :consumed])
-        ok = torch.tensor([a.status == Status.OK for a in answers], device=output.device)
+        """Parse answers, and line their tokens up with their states."""
+        sequences, is_answer = self._behind(prompts, answers)
+        # The very last token is never read while generating. A sharded model goes on reading, for
+        # nothing, until all ranks have their answers.
+        consumed = sequences.ids.shape[1] - 1
+        sae, final = sae[:, :consumed], final[:, :consumed]
+        parsed = [self.prompt.parse(ids) for ids in answers]
+        eos = self.prompt.eos_token_id
+        texts = [self.prompt.decode(ids[:-1] if ids[-1] == eos else ids) for ids in answers]
+        read = Sequences(sequences.ids[:, :consumed], sequences.kinds[:, :consumed])
+        ok = torch.tensor([a.status == Status.OK for a in parsed], device=read.ids.device)
         states = self._states(read, sae, final, ok)
-        return Generation(states, answers, texts, Sequences(output, kinds), is_answer, final)
+        return Generation(states, parsed, texts, sequences, is_answer, final)
 
     def _states(
         self,
@@ -328,5 +377,5 @@ class Policy(nn.Module):
         well_formed = counted if well_formed is None else well_formed & counted
         slots = final.new_zeros(len(final), self.slots, final.shape[-1])
         states = final[well_formed][is_slot[well_formed]]
-        slots[well_formed] = states.reshape(-1, self.slots, final.shape[-1])
+        slots[well_formed] = states.view(int(well_formed.sum()), self.slots, final.shape[-1])
         return ReasoningBatch(sequences.ids, sequences.kinds.clone(), sae, slots, well_formed)

@@ -1,28 +1,34 @@
 """The prompt template and the parser of its answer, side by side so that they cannot drift apart.
 
-An answer is well-formed when it reads
+An answer is well-formed when it reads ``<think> chain of thought </think>``, then a conclusion in
+the form that was asked for, then end-of-text:
 
-    <think> chain of thought </think> <|slot_1|><|slot_2|>…<|slot_K|> end-of-text
+    slots      <|slot_1|><|slot_2|>…<|slot_K|>
+    objects    <answer>[{"bbox_2d":[x0,y0,x1,y1],"point_2d":[x,y]},…]</answer>
+    score      <answer>7</answer>
 
-with exactly K concentration tokens in a row, found by id in the generated part only. The user's
-instruction is data: it is tokenised apart and spliced in; a control token typed in it stays text.
+Slots are exactly K concentration tokens in a row, found by id in the generated part only; the other
+forms are text and have none. The user's instruction is data: it is tokenised apart and spliced in;
+a control token typed in it stays text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from segcompass.reasoning.object_answers import read_objects
+from segcompass.reasoning.text_codec import TextCodec, Tokenizer
 from segcompass.types import Status, TokenKind
 
+Form = Literal["slots", "objects", "score"]
+
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-_BLANKS = " \t\r\nĠĊĉč▁"  # white space as text and as tokenizers write it
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 IMAGE_SLOT, INSTRUCTION_SLOT = "{image}", "{instruction}"
 
 NANO_TEMPLATE = "<|im_start|>{image}{instruction}<|im_end|>"
@@ -30,12 +36,25 @@ _ASK = (
     "\nFirst reason step by step inside <think> and </think>, "
     "then write the tokens {concentration} and nothing else."
 )
-QWEN_TEMPLATE = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{instruction}"
-    + _ASK
-    + "<|im_end|>\n<|im_start|>assistant\n"
+OBJECT_QUESTION = (
+    "Which objects in the picture are meant by this: {instruction}\n"
+    "First reason step by step inside <think> and </think>. Then list every object that is meant "
+    "inside <answer> and </answer>, as JSON with its box and a point on it in whole pixels: "
+    '[{"bbox_2d":[12,34,256,320],"point_2d":[120,180]}]. Write [] if there is none.'
 )
+
+
+def qwen_template(question: str) -> str:
+    """Qwen's chat around a question; both places of a template are to be in it together."""
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>"
+        + question
+        + "<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+QWEN_TEMPLATE = qwen_template("{instruction}" + _ASK)
 LLAVA_TEMPLATE = "<s>USER: {image}\n{instruction}" + _ASK + " ASSISTANT:"
 
 
@@ -43,7 +62,13 @@ class PromptConfig(BaseModel, frozen=True, extra="forbid"):
     """How an image and an instruction become a prompt."""
 
     template: str = Field(NANO_TEMPLATE, description="control text with {image} and {instruction}")
-    slots: int = Field(6, ge=1, le=64, description="K, concentration tokens to ask for")
+    form: Form = Field("slots", description="how an answer ends: K tokens, objects, or a score")
+    slots: int = Field(
+        6, ge=1, le=64, description="K, concentration tokens to ask for, or most objects to name"
+    )
+    canvas_side: int = Field(
+        840, ge=2, le=100_000, description="px of the square that coordinates in answers refer to"
+    )
     max_instruction_tokens: int = Field(1024, ge=1)
 
     @field_validator("template")
@@ -56,20 +81,10 @@ class PromptConfig(BaseModel, frozen=True, extra="forbid"):
             )
         return value
 
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that prompts need."""
-
     @property
-    def added_tokens_decoder(self) -> Mapping[int, Any]: ...  # id -> AddedToken
-
-    def get_vocab(self) -> dict[str, int]: ...
-
-    def encode(
-        self, text: str, *, add_special_tokens: bool = ..., split_special_tokens: bool | None = ...
-    ) -> list[int]: ...
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
+    def tokens(self) -> list[str]:
+        """The concentration tokens of an answer; only slots have them."""
+        return concentration_tokens(self.slots if self.form == "slots" else 0)
 
 
 def concentration_tokens(slots: int) -> list[str]:
@@ -87,18 +102,39 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """An answer taken apart. ``slots_at`` is the index of the first concentration token."""
+    """An answer taken apart."""
 
     status: Status  # OK, MALFORMED or TRUNCATED; NO_TARGET is decided by the confidences
-    thought: str
-    slots_at: int | None
+    thought: str  # of a malformed answer, all of its text
+    slots_at: int | None  # index of the first concentration token
+    conclusion: str = ""  # the text between the answer's marks; slots have none
 
 
-class Prompt:
+def read_score(conclusion: str) -> int:
+    """The score that a conclusion of that form gives; raises ValueError if it is no digit 0-9."""
+    if re.fullmatch(r"[0-9]", conclusion) is None:
+        raise ValueError(f"a score is one digit from 0 to 9, got {conclusion[:40]!r}")
+    return int(conclusion)
+
+
+def split_text(text: str) -> tuple[str, str] | None:
+    """Thought and conclusion of an answer that is text, if it is these two and nothing else."""
+    parts = _split_thought(text)
+    if parts is None or parts[1].count(ANSWER_OPEN) != 1 or parts[1].count(ANSWER_CLOSE) != 1:
+        return None
+    before, _, rest = parts[1].partition(ANSWER_OPEN)
+    conclusion, _, after = rest.partition(ANSWER_CLOSE)
+    return None if before or after else (parts[0], conclusion.strip())
+
+
+_READERS: dict[Form, Callable[[str], object]] = {"objects": read_objects, "score": read_score}
+
+
+class Prompt(TextCodec):
     """Writes prompts and answers, and reads answers back.
 
     Args:
-        config: Template and number of slots.
+        config: Template and form of the answers.
         tokenizer: Knows the concentration tokens; see :func:`concentration_tokens`.
         image_token_id: The placeholder that image features replace.
         eos_token_id: Ends an answer.
@@ -107,33 +143,29 @@ class Prompt:
     def __init__(
         self, config: PromptConfig, tokenizer: Tokenizer, image_token_id: int, eos_token_id: int
     ) -> None:
+        super().__init__(tokenizer)
         self.config = config
-        self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.eos_token_id = eos_token_id
         known = tokenizer.get_vocab()
-        missing = [t for t in concentration_tokens(config.slots) if t not in known]
+        missing = [token for token in config.tokens if token not in known]
         if missing:
             raise ValueError(
                 f"the tokenizer does not know the concentration tokens {missing}; "
                 "add them before building prompts"
             )
-        self.slot_ids = [known[token] for token in concentration_tokens(config.slots)]
-        template = config.template.replace(
-            "{concentration}", "".join(concentration_tokens(config.slots))
-        )
+        self.slot_ids = [known[token] for token in config.tokens]
+        template = config.template.replace("{concentration}", "".join(config.tokens))
         self._parts = _split_template(template)
-        added = tokenizer.added_tokens_decoder
-        self.control_ids = sorted(added)
-        plain = sorted((t.content for t in added.values() if not t.special), key=len, reverse=True)
-        self._unsplit = re.compile("|".join(map(re.escape, plain)) or r"(?!)")
-        self.open_ids = self._control(THINK_OPEN)
-        self.close_ids = self._control(THINK_CLOSE)
+        self.open_ids = self.encode_control(THINK_OPEN)
+        self.close_ids = self.encode_control(THINK_CLOSE)
 
     @property
     def ending(self) -> list[int]:
-        """What every well-formed answer ends with: the thought's close, the K tokens, the end."""
-        return [*self.close_ids, *self.slot_ids, self.eos_token_id]
+        """What every answer of this form ends with: the thought's close and K tokens, or a mark."""
+        if self.config.form == "slots":
+            return [*self.close_ids, *self.slot_ids, self.eos_token_id]
+        return [*self.encode_inner(ANSWER_CLOSE), self.eos_token_id]
 
     def encode(self, instruction: str, image_tokens: int) -> EncodedPrompt:
         """Tokenise a prompt.
@@ -153,7 +185,7 @@ class Prompt:
             elif part == INSTRUCTION_SLOT:
                 new, kind = self.encode_instruction(instruction), TokenKind.INSTRUCTION
             else:
-                new, kind = self._control(part), TokenKind.TEMPLATE
+                new, kind = self.encode_control(part), TokenKind.TEMPLATE
             ids += new
             kinds += [kind] * len(new)
         return EncodedPrompt(ids, kinds)
@@ -163,7 +195,7 @@ class Prompt:
         text = " ".join(instruction.split())
         if not text:
             raise ValueError("the instruction is empty; say what to segment")
-        ids = self._data(text)
+        ids = self.encode_data(text)
         if len(ids) > self.config.max_instruction_tokens:
             raise ValueError(
                 f"the instruction has {len(ids)} tokens, the limit is "
@@ -171,9 +203,22 @@ class Prompt:
             )
         return ids
 
-    def encode_answer(self, thought: str) -> EncodedPrompt:
-        """Tokenise a whole well-formed answer around a chain of thought, end-of-text included."""
-        thinking = [*self.open_ids, *self._data(thought), *self.close_ids]
+    def encode_answer(self, thought: str, conclusion: str = "") -> EncodedPrompt:
+        """Tokenise a whole well-formed answer, end-of-text included.
+
+        Args:
+            thought: The chain of thought, any text.
+            conclusion: What stands between the answer's marks; slots have none.
+
+        Raises:
+            ValueError: If the conclusion is not of the form that was configured.
+        """
+        thinking = [*self.open_ids, *self.encode_data(thought), *self.close_ids]
+        if self.config.form != "slots":
+            _READERS[self.config.form](conclusion)
+            thinking += self.encode_inner(f"{ANSWER_OPEN}{conclusion}{ANSWER_CLOSE}")
+        elif conclusion:
+            raise ValueError(f"an answer of {len(self.slot_ids)} tokens has no {conclusion[:40]!r}")
         kinds = [TokenKind.THOUGHT] * len(thinking)
         kinds += [TokenKind.CONCENTRATION] * len(self.slot_ids) + [TokenKind.TEMPLATE]
         return EncodedPrompt([*thinking, *self.slot_ids, self.eos_token_id], kinds)
@@ -183,24 +228,32 @@ class Prompt:
         ids = list(generated)
         ended = bool(ids) and ids[-1] == self.eos_token_id
         body = ids[:-1] if ended else ids
-        text = self.decode(body)
-        at = self.find_slots(body)
-        before = self.decode(body if at is None else body[:at]).strip()
-        well_formed = (
-            at is not None
-            and before.startswith(THINK_OPEN)
-            and before.endswith(THINK_CLOSE)
-            and before.count(THINK_OPEN) == before.count(THINK_CLOSE) == 1
-            and len(body) == at + len(self.slot_ids)
-        )
-        if well_formed and ended:
-            return ParsedAnswer(Status.OK, before[len(THINK_OPEN) : -len(THINK_CLOSE)].strip(), at)
+        read = self._read_slots if self.config.form == "slots" else self._read_text
+        answer = read(body) if ended else None
         status = Status.MALFORMED if ended else Status.TRUNCATED
-        return ParsedAnswer(status, text.strip(), None)
+        return answer or ParsedAnswer(status, self.decode(body).strip(), None)
+
+    def _read_slots(self, body: list[int]) -> ParsedAnswer | None:
+        at = self.find_slots(body)
+        if at is None or len(body) != at + len(self.slot_ids):
+            return None
+        thought = _split_thought(self.decode(body[:at]))
+        return ParsedAnswer(Status.OK, thought[0], at) if thought and not thought[1] else None
+
+    def _read_text(self, body: list[int]) -> ParsedAnswer | None:
+        parts = split_text(self.decode(body))
+        if parts is None:
+            return None
+        thought, conclusion = parts
+        try:
+            _READERS[self.config.form](conclusion)
+        except ValueError:
+            return None
+        return ParsedAnswer(Status.OK, thought, None, conclusion)
 
     def find_slots(self, ids: Sequence[int]) -> int | None:
         """Where the K concentration tokens stand in a row, provided they occur nowhere else."""
-        return _find_row(list(ids), self.slot_ids)
+        return _find_row(list(ids), self.slot_ids) if self.slot_ids else None
 
     def answer_kinds(self, generated: Sequence[int]) -> list[TokenKind]:
         """Where each generated token belongs: thought, concentration, or nowhere (end-of-text).
@@ -212,48 +265,6 @@ class Prompt:
         special[self.eos_token_id] = TokenKind.PADDING
         return [special.get(token, TokenKind.THOUGHT) for token in generated]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Tokens to text, control tokens included."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
-
-    @cached_property
-    def vocabulary(self) -> int:
-        """Ids from here on mean nothing; models may have spare rows."""
-        return 1 + max(self.tokenizer.get_vocab().values())
-
-    @cached_property
-    def mark_endings(self) -> list[tuple[int, str]]:
-        """Tokens that can complete a think mark, with their text: all that hold a ``>``."""
-        texts = {i: t.replace("<0x3E>", ">") for t, i in self.tokenizer.get_vocab().items()}
-        return [(i, text.rstrip(_BLANKS)) for i, text in texts.items() if ">" in text]
-
-    def _data(self, text: str) -> list[int]:
-        """Tokenise text in which nothing is control, whatever it looks like.
-
-        Raises:
-            ValueError: If it is no valid Unicode text.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text holds half a character at position {error.start} "
-                f"({text[error.start : error.end]!r}); pass valid Unicode"
-            ) from None
-        # Tokenizers split special tokens on demand; other added tokens have to be cut in two.
-        cuts = [0, *(m.start() + 1 for m in self._unsplit.finditer(text)), len(text)]
-        pieces = [text[a:b] for a, b in pairwise(cuts)]
-        return [
-            token
-            for piece in pieces
-            for token in self.tokenizer.encode(
-                piece, add_special_tokens=False, split_special_tokens=True
-            )
-        ]
-
-    def _control(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
-
 
 def _split_template(template: str) -> list[str]:
     """Cut a template at its two places, keeping them."""
@@ -262,6 +273,15 @@ def _split_template(template: str) -> list[str]:
         before, *after = chunk.split(INSTRUCTION_SLOT)
         parts += [before, *(p for a in after for p in (INSTRUCTION_SLOT, a)), IMAGE_SLOT]
     return [p for p in parts[:-1] if p]
+
+
+def _split_thought(text: str) -> tuple[str, str] | None:
+    """The thought and what follows it, provided that one think block stands first."""
+    text = text.strip()
+    if not text.startswith(THINK_OPEN) or text.count(THINK_OPEN) > 1 or text.count(THINK_CLOSE) > 1:
+        return None
+    thought, closed, rest = text[len(THINK_OPEN) :].partition(THINK_CLOSE)
+    return (thought.strip(), rest.strip()) if closed else None
 
 
 def _find_row(ids: list[int], row: list[int]) -> int | None:

@@ -38,6 +38,11 @@ def test_one_process_is_a_world_of_its_own() -> None:
     assert torch.equal(ALONE.gather(values), values) and not ALONE.gather(values).requires_grad
     assert ALONE.mean(values).item() == 3.0 and ALONE.mean(values).requires_grad
     assert ALONE.means({"none": torch.tensor([])}) == {}
+    parts = [ALONE.shares({"a": part}, {"a": 3, "b": 2, "none": 0}) for part in values.split(2)]
+    assert [{k: v.item() for k, v in p.items()} for p in parts] == [
+        {"a": 1, "b": 0},
+        {"a": 2, "b": 0},
+    ]
     ALONE.barrier()
     ALONE.agree(None)
     with pytest.raises(SegCompassError, match="full"):

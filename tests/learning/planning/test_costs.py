@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.interfaces.concept_slots import ConceptSlots
 from segcompass.learning.engine.lora import LoraSettings, add_lora
 from segcompass.learning.engine.optimizer import MasterWeights, OptimizerConfig
 from segcompass.learning.planning import costs
 from segcompass.learning.planning.costs import PolicyShape, shape_of
-from segcompass.model_folder import ModelConfig, build_interface
 from segcompass.presets import assemble
 from segcompass.reasoning.loading import load_policy
 from segcompass.reasoning.policy import Policy
@@ -180,16 +180,9 @@ def test_operations_of_sae_head_and_decoder() -> None:
 
 
 def small_interface() -> ConceptSlots:
-    policy = Anything(WIDTH, 6)
-    config = ModelConfig(head=tiny_head().model_copy(update={"codebook_layers": 2}))
-    return build_interface(config, policy, tiny_sam(), tiny_sae())  # type: ignore[arg-type]
-
-
-class Anything:
-    """A policy, as far as a head asks."""
-
-    def __init__(self, width: int, slots: int) -> None:
-        self.width, self.slots = width, slots
+    config = tiny_head().model_copy(update={"codebook_layers": 2})
+    decoder = MaskDecoder(tiny_sam())
+    return ConceptSlots(config, tiny_sae(), decoder, policy_width=WIDTH, slots=6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -129,6 +129,26 @@ def test_checkpointing_and_lora(config: RunConfig) -> None:
     )
 
 
+def test_micro_batches_take_memory_in_proportion_and_no_more_work(config: RunConfig) -> None:
+    """Of 12 answers: 12, 6 or 2 in one pass with gradient, 12 or 3 sampled together."""
+    base = plan(config, 1, 1.0)
+    assert base.workload.rows == 12
+    for size in (6, 2, 100):
+        small = plan(changed(config, micro_batch=size), 1, 1.0)
+        share = min(size, 12) / 12
+        for part in ("policy activations", "head activations", "mask decoder activations"):
+            assert gb(small, part) == pytest.approx(share * gb(base, part), abs=2e-6)
+        assert gb(small, "key-value cache") == gb(base, "key-value cache")
+        assert small.flops == base.flops and small.hours == base.hours
+        # Gradients of earlier parts are kept in fp32 while the next one makes its own.
+        assert (gb(small, "gradients") > gb(base, "gradients")) == (size < 12)
+    rollout = {**JOINT["rollout"], "batch": 3}
+    fewer = plan(changed(config, rollout=rollout), 1, 1.0)
+    for part in ("key-value cache", "tapped states", "policy activations"):
+        assert gb(fewer, part) == pytest.approx(gb(base, part) / 4, abs=2e-6)
+    assert fewer.hours > base.hours  # weights are read more often
+
+
 def test_advice_that_is_followed_fits(config: RunConfig, tmp_path: Path) -> None:
     """Every single change that the plan says would do, made in the config, does."""
     path = tmp_path / "tiny.yaml"
@@ -150,7 +170,7 @@ def test_advice_that_is_followed_fits(config: RunConfig, tmp_path: Path) -> None
                 assert then.fits
                 # Told to 0.1 GB, which is more than all of a tiny model.
                 followed.add(override.split("=")[0])
-    assert {"train_joint.gradient_checkpointing", "train_joint.batch"} <= followed
+    assert {"train_joint.gradient_checkpointing", "train_joint.micro_batch"} <= followed
 
 
 def test_advice_when_nothing_fits_says_by_how_much(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from segcompass import SegCompass
 from segcompass.data.samples import read_dataset
+from segcompass.geometry import Frame
 from segcompass.io.images import load_image
 from segcompass.learning.config import DataConfig
 from segcompass.learning.watching.panels import Panels, choose, panel_samples
@@ -41,7 +42,9 @@ def train_step(model: SegCompass, sample: Sample) -> list[torch.Tensor]:
     visuals = [policy.backbone.prepare(load_image(sample.image_path))]
     states, hidden = policy(policy.encode(visuals, [sample.instruction], ["a mug"]), visuals)
     keys = model.encoder(torch.randn(1, 3, model.encoder.side, model.encoder.side))
-    logits = model.interface.decode(keys, model.interface.align(states, keys).slots)
+    frames = [Frame.fit(sample.image_hw, model.encoder.side)]
+    alignment = model.interface.align(states, keys, frames=frames)
+    logits = model.interface.decode(keys, alignment, frames=frames)
     loss = (logits * torch.randn_like(logits)).square().mean() + hidden.square().mean()
     loss.backward()  # type: ignore[no-untyped-call]
     parts = {"policy": policy, "encoder": model.encoder, "interface": model.interface}

@@ -82,4 +82,4 @@ function workbench(card) {
   one(".go").onclick = () => parent.postMessage({ edits: Object.fromEntries(factors) }, "*");
 }
 
-document.querySelectorAll(".card").forEach(workbench);
+document.querySelectorAll(".card:has(.workbench)").forEach(workbench);

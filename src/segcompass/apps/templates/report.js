@@ -14,7 +14,8 @@ function explain(card) {
   const counted = accepted.length ? accepted : slots;
   const words = all(".w");
   const shades = words.map((word) => word.style.getPropertyValue("--a"));
-  const state = { slot: null, concept: null, lent: false, layers: new Set(["masks"]), share: 20 };
+  const on = all("[data-layer][aria-pressed=true]").map((button) => button.dataset.layer);
+  const state = { slot: null, concept: null, lent: false, layers: new Set(on), share: 20 };
 
   // Concepts per image token, strongest first: the reverse of data.concepts.
   const onToken = data.boxes.map(() => []);
@@ -22,16 +23,12 @@ function explain(card) {
     for (const [token, level] of pairs(tokens)) onToken[token].push([Number(id), (level / 99) * scale]);
   for (const list of onToken) list.sort((a, b) => b[1] - a[1]).splice(3);
 
-  // Three small stages under the picture: the way to the masks, and the switches of its layers.
+  // Small stages under the picture: the way to the masks, and the switches of its layers.
   const main = one("[data-main]");
   const stages = [{ stage: main, layers: state.layers }];
   for (const button of all("[data-layer]")) {
     const stage = button.querySelector(".stage");
-    for (const layer of main.children) {
-      const copy = layer.cloneNode();
-      if (copy.alt) copy.alt = "";
-      stage.append(copy);
-    }
+    for (const layer of main.children) stage.append(layer.cloneNode(true));
     stages.push({ stage, layers: new Set([button.dataset.layer]) });
     button.onclick = () => {
       const layer = button.dataset.layer;
@@ -40,7 +37,7 @@ function explain(card) {
       show();
     };
   }
-  one(".views").hidden = false;
+  for (const views of all(".views")) views.hidden = false;
 
   const inView = (slot) => (state.slot === null ? counted.some((s) => s.dataset.slot === slot) : state.slot === slot);
 
@@ -88,21 +85,22 @@ function explain(card) {
       const tokens = layers.has("tokens");
       stage.classList.toggle("dim", tokens || layers.has("heat"));
       stage.classList.toggle("traced", tokens);
-      for (const image of stage.querySelectorAll(".mask"))
-        image.hidden = !(layers.has("masks") && inView(image.dataset.slot));
-      for (const image of stage.querySelectorAll(".heat"))
-        image.hidden = !(layers.has("heat") && inView(image.dataset.slot));
-      const canvas = stage.querySelector(".tokens");
-      canvas.hidden = !tokens;
-      if (tokens) paint(canvas);
+      for (const [kind, layer] of [[".mask", "masks"], [".heat", "heat"], [".prompt", "prompt"]])
+        for (const image of stage.querySelectorAll(kind))
+          image.toggleAttribute("hidden", !(layers.has(layer) && inView(image.dataset.slot)));
+      for (const canvas of stage.querySelectorAll(".tokens")) {
+        canvas.hidden = !tokens;
+        if (tokens) paint(canvas);
+      }
     }
     for (const button of all("[data-layer]"))
       button.setAttribute("aria-pressed", state.layers.has(button.dataset.layer));
     for (const slot of slots) slot.setAttribute("aria-pressed", slot.dataset.slot === state.slot);
     for (const list of all(".concepts")) list.hidden = list.dataset.slot !== (state.slot ?? "all");
     for (const chip of all(".chip")) chip.setAttribute("aria-pressed", Number(chip.dataset.concept) === state.concept);
-    one(".of").textContent = state.slot !== null ? `slot ${state.slot}` : accepted.length ? "accepted slots" : "all slots";
-    one(".share").hidden = state.concept !== null || !state.layers.has("tokens");
+    for (const name of all(".of"))
+      name.textContent = state.slot !== null ? `slot ${state.slot}` : accepted.length ? "accepted slots" : "all slots";
+    for (const share of all(".share")) share.hidden = state.concept !== null || !state.layers.has("tokens");
     one(".clear").hidden = state.concept === null && state.slot === null;
     shade();
     say();
@@ -131,7 +129,8 @@ function explain(card) {
       const verdict = slot.classList.contains("rejected") ? ", below the threshold: it gives no mask." : ", accepted.";
       now.replaceChildren(bold(`Slot ${state.slot}`), ` has confidence ${slot.querySelector(".score").textContent}${verdict}`);
     } else {
-      now.replaceChildren("Pick a slot, a word, a concept or a spot in the picture to follow it.");
+      const rest = data.boxes.length ? ", a word, a concept or a spot in the picture" : "";
+      now.replaceChildren(slots.length ? `Pick a slot${rest} to follow it.` : "");
     }
   }
 
@@ -170,11 +169,12 @@ function explain(card) {
     if (state.concept === null) state.slot = null;
     choose(null);
   });
-  one(".share input").oninput = (event) => {
-    state.share = Number(event.target.value);
-    one(".share output").textContent = state.share;
-    show();
-  };
+  for (const slider of all(".share input"))
+    slider.oninput = () => {
+      state.share = Number(slider.value);
+      one(".share output").textContent = state.share;
+      show();
+    };
 
   for (const word of words) {
     const list = data.words[word.dataset.word];

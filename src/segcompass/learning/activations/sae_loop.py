@@ -24,11 +24,11 @@ from segcompass.learning.activations.latents import (
     push_up,
 )
 from segcompass.learning.activations.stream import Statistics, TokenStream
-from segcompass.learning.config import SaeStage
 from segcompass.learning.engine.distributed import World
 from segcompass.learning.engine.loop import Loop, Losses
 from segcompass.learning.engine.optimizer import learning_rate
 from segcompass.learning.engine.states import StateError
+from segcompass.learning.stages import SaeStage
 
 _CALM = 0.8  # share of the steps after which no latent is restarted any more
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar, overload
 
 import torch
@@ -90,8 +91,7 @@ class World:
 
     def slice(self, items: Sequence[T]) -> list[T]:
         """This rank's part of a global batch: contiguous, of equal size up to one."""
-        start, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
-        return list(items[start:end])
+        return split(items, self.size)[self.rank]
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all ranks' values, as this rank's share of a loss; keeps the gradient.
@@ -107,15 +107,27 @@ class World:
         """
         if self.size == 1:
             return {name: value.mean() for name, value in values.items() if value.numel()}
-        counts: dict[str, int] = {}
-        for row in self.gather_objects({name: value.numel() for name, value in values.items()}):
+        return self.shares(values, self.totals({name: v.numel() for name, v in values.items()}))
+
+    def totals(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The sums of counts over all ranks, by name; a rank may lack names that others have."""
+        found: dict[str, int] = {}
+        for row in self.gather_objects(dict(counts)):
             for name, count in row.items():
-                counts[name] = counts.get(name, 0) + count
+                found[name] = found.get(name, 0) + count
+        return found
+
+    def shares(self, values: Mapping[str, Tensor], totals: Mapping[str, int]) -> dict[str, Tensor]:
+        """What these values add to means over ``totals`` values; keeps the gradient.
+
+        Over all parts of a rank's values they add up to :meth:`means`. Like there, a name of which
+        there is nothing anywhere is left out.
+        """
         nothing = torch.zeros((), device=self.device)
         return {
-            name: values[name].sum() / count * self.size if name in values else nothing
-            for name, count in counts.items()
-            if count
+            name: values[name].sum() / total * self.size if name in values else nothing
+            for name, total in totals.items()
+            if total
         }
 
     def barrier(self) -> None:
@@ -168,6 +180,12 @@ def start(device: str | None = None) -> Iterator[World]:
     yield World.current()
     # Not after an error: the other ranks may be waiting for this one, which has to end to say so.
     dist.destroy_process_group()
+
+
+def split(items: Sequence[T], parts: int) -> list[list[T]]:
+    """Contiguous parts in order, of equal size up to one."""
+    ends = [len(items) * part // parts for part in range(parts + 1)]
+    return [list(items[start:end]) for start, end in pairwise(ends)]
 
 
 def _device_of(device: str | None) -> torch.device:

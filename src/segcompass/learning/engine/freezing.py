@@ -7,16 +7,16 @@ import copy
 from torch import nn
 
 from segcompass.grounding.image_encoder import ImageEncoder
-from segcompass.interfaces.concept_slots import ConceptSlots
-from segcompass.learning.config import JointStage
+from segcompass.interfaces.base import Interface
 from segcompass.learning.engine.lora import add_lora, upper_layers
+from segcompass.learning.stages import JointStage
 from segcompass.reasoning.policy import Policy
 
 
 def freeze(
     policy: Policy,
     encoder: ImageEncoder,
-    interface: ConceptSlots,
+    interface: Interface,
     stage: JointStage,
     seed: int = 0,
 ) -> dict[str, nn.Module]:
@@ -26,12 +26,9 @@ def freeze(
     """
     policy.requires_grad_(False)
     encoder.requires_grad_(False)
-    interface.sae.requires_grad_(False)
-    parts: dict[str, nn.Module] = {
-        "codebook": interface.codebook,
-        "head": nn.ModuleList([interface.fusion, interface.mapper]),
-        "decoder": interface.decoder,
-    }
+    parts = interface.trained()
+    if interface.decoupled:
+        interface.requires_grad_(False)
     if stage.lora is not None:
         add_lora(policy, stage.lora, seed)
         parts["policy"] = upper_layers(policy)

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ from segcompass.learning.engine.states import (
 )
 
 Losses = dict[str, Tensor]  # "loss" is what is minimised, the rest is logged
+Step = Callable[[int], Losses | Iterable[Losses]]  # of a step's number; several: micro-batches
 Row = dict[str, float | int | None]
 Observer = Callable[[int, Row], None]  # gets the step's number and what was logged of it
 
@@ -157,7 +158,7 @@ class Loop:
         starts = {k: rows[0] for k in tensors if (rows := self.weights.rows(k))}
         write_state(self.folder, self.step, tensors, starts, self.world)
 
-    def run(self, losses: Callable[[int], Losses]) -> None:
+    def run(self, losses: Step) -> None:
         """Minimise ``losses(step)["loss"]`` until the last step.
 
         Ctrl-C and SIGTERM finish the step, save, and stop. An error leaves the last saved state
@@ -166,7 +167,9 @@ class Loop:
         Args:
             losses: Of this rank's slice of the batch, divided so that their mean over ranks is the
                 whole batch's (:meth:`World.means`). What is logged is averaged over ranks, but
-                for the counts "samples", "answers" and "tokens", which are summed.
+                for the counts "samples", "answers" and "tokens", which are summed. Micro-batches
+                are as many on every rank, and hold shares (:meth:`World.shares`): the next one is
+                asked for when the gradients of the last one are there, and all of them are summed.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C or SIGTERM, on any rank.
@@ -202,25 +205,35 @@ class Loop:
         else:
             yield lambda done, total, note="": None
 
-    def _one_step(self, losses: Callable[[int], Losses]) -> Row:
+    def _one_step(self, losses: Step) -> Row:
         started = time.perf_counter()
         # Ranks draw differently, rank 0 as one process alone would. Seeds count in 32 bits.
         torch.manual_seed(self.seed * 1_000_003 + self.step + self.world.rank * 0x9E37_79B1)
-        values = losses(self.step)
-        loss = values["loss"]
-        # On all ranks at once, or those that are well would wait for the others' gradients.
-        self._check("loss", self.world.sum(float(loss.detach())) / self.world.size)
-        loss.backward()  # type: ignore[no-untyped-call]
+        values = self._accumulate(losses(self.step))
         norm = self.weights.step(self.step)
         self._check("gradient norm", norm)
         self.step += 1
-        rows = self.world.gather_objects({k: float(v.detach()) for k, v in values.items()})
+        rows = self.world.gather_objects(values)
         figures = {
             key: sum(int(row.get(key, 0)) for row in rows) if key in _COUNTS else _mean(rows, key)
             for key in dict.fromkeys(key for row in rows for key in row)
         }
         seconds = round(time.perf_counter() - started, 3)
         return {"step": self.step, **figures, "norm": round(norm, 4), "s": seconds}
+
+    def _accumulate(self, parts: Losses | Iterable[Losses]) -> dict[str, float]:
+        """Go backward through each micro-batch; returns the sums of what they tell."""
+        values: dict[str, float] = {}
+        several: Iterable[Losses] = [parts] if isinstance(parts, dict) else parts
+        for part in several:
+            loss = part["loss"]
+            # On all ranks at once, or those that are well would wait for the others' gradients.
+            self._check("loss", self.world.sum(float(loss.detach())) / self.world.size)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.weights.collect()
+            for key, value in part.items():
+                values[key] = values.get(key, 0.0) + float(value.detach())
+        return values
 
     def _tell(self, row: Row, update: Update) -> SegCompassError | None:
         """Log a step and show it around; returns the reason to stop, if there is one."""

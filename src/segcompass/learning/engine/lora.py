@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from segcompass.io.errors import ConfigError
 from segcompass.reasoning.policy import Policy
@@ -138,6 +139,34 @@ def merged_state(policy: Policy, state: Mapping[str, Tensor]) -> dict[str, Tenso
             weight = merged[f"{path}.weight"]
             merged[f"{path}.weight"] = _sum(weight, down, up, layer.scaling[adapter])
     return merged
+
+
+def trained_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Every weight that training moves, whole, under its plain name; adapters merged.
+
+    For a program that has the frozen weights already. Sharded ones are gathered one by one, so all
+    ranks have to go through all of them.
+    """
+    dtype = policy.model.dtype
+    merged = {
+        path: layer
+        for path, layer in policy.model.named_modules()
+        if hasattr(layer, "get_base_layer") and hasattr(layer, "lora_A")
+    }
+    for path, layer in merged.items():
+        weight = _whole(layer.get_base_layer().weight)
+        for adapter in layer.active_adapters:
+            halves = (_whole(layer.lora_A[adapter].weight), _whole(layer.lora_B[adapter].weight))
+            weight = _sum(weight, *halves, layer.scaling[adapter])
+        yield f"{path}.weight", weight.to(dtype)
+    for name, parameter in policy.model.named_parameters():
+        if parameter.requires_grad and not any(name.startswith(f"{path}.") for path in merged):
+            yield name, _whole(parameter).to(dtype)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _sum(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -142,10 +142,7 @@ class MasterWeights:
         The norm is that of all parts together, on whatever rank their gradients are. Where it is
         not finite, every weight keeps its value.
         """
-        for name, parameter in self.working.items():
-            master = self.master[name]
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else _local(parameter.grad).float()
+        self.collect()
         replicated = [m for name, m in self.master.items() if name not in self.starts]
         average_gradients(replicated, self.world)
         norm = self._norm()
@@ -157,9 +154,21 @@ class MasterWeights:
                 group["lr"] = learning_rate(self.config, step) * group["factor"]
             optimizer.step()
         self._write_back()
-        for parameter in self.working.values():
-            parameter.grad = None
+        for master in self.master.values():
+            master.grad = None
         return float(norm)
+
+    def collect(self) -> None:
+        """Add the gradients of a backward pass to those of the masters, in fp32.
+
+        Several passes before one step are summed here: in bf16, sums would lose the small ones.
+        """
+        for name, parameter in self.working.items():
+            master = self.master[name]
+            if master is not parameter and parameter.grad is not None:
+                gradient = _local(parameter.grad).float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
 
     def _norm(self) -> Tensor:
         """Of all gradients; every rank's shards count, and replicas once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -80,14 +81,16 @@ def _units(work: Workload) -> float:
 
 def _phases(work: Workload) -> Iterator[Part]:
     """What comes and goes with the phases of a step."""
-    shape, s, n, length = work.shape, work.s, work.rows, work.length
+    shape, s, n, length = work.shape, work.s, work.micro_rows, work.length
     sampling, passing, stepping = PHASES
     if work.samples:
         if work.gpus > 1:  # `sharding.gathered`
             rest = shape.weights - shape.root_weights - _units(work)
             yield Part("policy: all else gathered", rest * s, sampling)
-        yield Part("key-value cache", costs.cache_bytes(shape, n, length, s), sampling)
-        yield Part("tapped states", costs.tapped_bytes(shape, n, length, s), sampling)
+        cache = costs.cache_bytes(shape, work.sampled_rows, length, s)
+        yield Part("key-value cache", cache, sampling)
+        tapped = costs.tapped_bytes(shape, work.sampled_rows, length, s)
+        yield Part("tapped states", tapped, sampling)
     if not work.precomputed:
         yield Part("image encoder pass", work.encoder_pass_bytes, sampling)
     if work.trained:
@@ -95,16 +98,16 @@ def _phases(work: Workload) -> Iterator[Part]:
         yield Part("policy activations", activations, passing)
     yield Part("log-prob chunk", costs.log_prob_bytes(shape, s), passing)
     yield Part("image keys and features", work.picture_bytes, passing)
-    yield Part("states of the rollout", s * shape.width * n * length, passing)
     yield Part("head activations", work.head_bytes * n, passing)
     yield Part("mask decoder activations", work.decoder_bytes * n, passing)
-    gradients = work.trained * (s if work.gpus == 1 else 4) / work.gpus + 4 * work.head_trained
+    summed = 4 * (work.trained / work.gpus + work.head_trained)
+    gradients = summed
+    if work.gpus == 1 and s < 4:  # made in the working precision; summed when a pass is over
+        gradients += work.trained * (s if n < work.rows else s - 4)
     yield Part("gradients", gradients, passing)
     if work.gpus > 1:  # of one layer before the ranks share them out, as made and in fp32
         yield Part("gradients of a layer", work.trained / shape.upper * (s + 4), passing)
-    copies = work.trained * 4 if work.gpus == 1 and s < 4 else 0
-    roots = 4 * (work.trained / work.gpus + work.head_trained)  # AdamW's, of all second moments
-    yield Part("gradients, fp32 copies, AdamW", gradients + copies + roots, stepping)
+    yield Part("gradients, roots of second moments", 2 * summed, stepping)
 
 
 def flops_of(work: Workload) -> dict[str, float]:
@@ -144,7 +147,8 @@ def step_seconds(work: Workload, flops: dict[str, float], hardware: Hardware) ->
     if not work.samples:
         return seconds
     cache = costs.cache_bytes(work.shape, work.rows, work.prompt + work.answer // 2, work.s)
-    token = (work.shape.weights * work.s + cache) / hardware.bandwidth
+    weights = work.shape.weights * work.s * math.ceil(work.rows / work.sampled_rows)
+    token = (weights + cache) / hardware.bandwidth
     prefill = costs.layers_flops(
         work.shape, work.shape.layers, work.rows * work.prompt, work.prompt
     )

@@ -152,6 +152,15 @@ def _knobs(work: Workload) -> list[tuple[str, Change]]:
         ),
     ]
     knobs += [
+        (f"{key}={n}", n < rows, partial(replace, **{field: n}))
+        for key, field, rows in (
+            ("train_joint.micro_batch", "micro", work.micro_rows),
+            ("train_joint.rollout.batch", "sampled", work.sampled_rows if work.samples else 0),
+        )
+        for n in dict.fromkeys((rows // 2, rows // 4, 1))
+        if n > 0
+    ]
+    knobs += [
         (f"train_joint.batch={n}", work.gpus <= n < work.batch, partial(replace, batch=n))
         for n in dict.fromkeys((work.batch // 2, work.batch // 4, 1))  # every rank needs one
     ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import SamModel
 
 from segcompass.grounding.image_encoder import ImageEncoder
+from segcompass.grounding.segmenters import as_sam, load_segmenter
 from segcompass.io.errors import ConfigError
 from segcompass.io.images import load_image
 from segcompass.io.progress import progress
@@ -35,7 +36,7 @@ from segcompass.learning.planning.features import (
     read_shards,
 )
 from segcompass.learning.train import warm_policy
-from segcompass.model_folder import load_parts, load_segmenter
+from segcompass.model_folder import load_parts
 from segcompass.reasoning.backbones import Backbone
 from segcompass.reasoning.policy import Policy
 
@@ -73,13 +74,13 @@ def _encoders(config: RunConfig) -> tuple[Policy, SamModel]:
     """The policy and the segmenter that the joint stage begins with; see `train.start_model`."""
     if config.train_joint.start is not None:
         parts = load_parts(config.train_joint.start, dtype=config.policy.dtype)
-        return parts.policy, parts.sam
+        return parts.policy, as_sam(parts.sam, config.train_joint.start)
     folder = config.run / "segmenter"
     if not folder.is_dir():
         raise ConfigError(f"{folder} is missing; run `segcompass train segmenter` first")
     policy = warm_policy(config)
     limit_pixels(policy.backbone, config.data.image_pixels)
-    return policy, load_segmenter(folder)
+    return policy, as_sam(load_segmenter(folder), folder)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from segcompass.concepts.sae_files import CONFIG_NAME
 from segcompass.grounding.image_encoder import sam_config
 from segcompass.interfaces.concept_slots import HeadConfig
+from segcompass.interfaces.registry import OfInterface
 from segcompass.io.checkpoints import BINDING
 from segcompass.io.errors import CheckpointError, ConfigError
 from segcompass.learning.config import RunConfig
@@ -48,6 +49,8 @@ class Workload:
     targets: int
     samples: bool  # answers are written by the policy; else they are the data set's own
     penalised: bool  # a reference policy reads them too
+    sampled: int | None  # answers of a GPU that are sampled together; None: all
+    micro: int | None  # answers of a GPU in one pass with gradient; None: all
     checkpointing: bool
     precomputed: bool
     lora: LoraSettings | None
@@ -87,6 +90,16 @@ class Workload:
         """Sequences of a step on the GPU that has most of them."""
         each = math.ceil(self.questions / self.gpus)
         return each * (self.group if self.samples else 1)
+
+    @property
+    def sampled_rows(self) -> int:
+        """Of them, those that are sampled together."""
+        return min(self.rows, self.sampled or self.rows)
+
+    @property
+    def micro_rows(self) -> int:
+        """Of them, those that go through a pass with gradient together."""
+        return min(self.sampled_rows if self.samples else self.rows, self.micro or self.rows)
 
     @property
     def reference_copy(self) -> bool:
@@ -137,6 +150,8 @@ def workload_of(config: RunConfig, gpus: int, memory_gb: float) -> Workload:
         targets=min(TARGETS, use.prompt.slots),
         samples=samples,
         penalised=samples and stage.rl_weight > 0 and stage.grpo.kl > 0,
+        sampled=stage.rollout.batch,
+        micro=stage.micro_batch,
         checkpointing=stage.gradient_checkpointing,
         precomputed=not encodes,
         lora=lora,
@@ -190,7 +205,10 @@ def model_of(config: RunConfig) -> Model:
     else:
         policy = _scratch_config(config) if source == "scratch" else _read(AutoConfig, source)
     pixels = scratch.image_side**2 if source == "scratch" else _most_pixels(Path(source))
-    return Model(policy, use, sam, config.train_sae.latents, config.head, pixels)
+    head = _head(config)
+    if config.train_sae is None:
+        raise ConfigError("the config has no section train_sae; it says how large the SAE is")
+    return Model(policy, use, sam, config.train_sae.latents, head, pixels)
 
 
 def _finished(folder: Path) -> Model:
@@ -203,7 +221,17 @@ def _finished(folder: Path) -> Model:
         raise CheckpointError(f"{folder} is no complete model folder: {error}") from error
     policy, sam = _read(AutoConfig, folder / "policy"), _read(SamConfig, folder / "segmenter")
     pixels = _most_pixels(folder / "policy")
-    return Model(policy, model.policy, sam, latents, model.head, pixels)
+    return Model(policy, model.policy, sam, latents, _head(model), pixels)
+
+
+def _head(config: OfInterface) -> HeadConfig:
+    """The sizes of the head; only that of SegCompass itself can be planned."""
+    if not isinstance(config.head, HeadConfig):
+        raise ConfigError(
+            f"only concept_slots can be planned, the config has {config.interface}; it needs less: "
+            "plan with `--set interface=concept_slots`"
+        )
+    return config.head
 
 
 def _assembled(model: Model) -> Parts:

@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from segcompass.learning.config import JointStage, RunConfig
+from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.distributed import World
 from segcompass.learning.engine.loop import Observer, Row
+from segcompass.learning.stages import JointStage
 from segcompass.learning.watching.health import Health
 from segcompass.learning.watching.panels import Panels, panel_samples
 from segcompass.pipeline import SegCompass

@@ -1,0 +1,89 @@
+"""A policy as judge: how well does the marked region of a picture fit what was asked for?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from segcompass.reasoning.policy import Generation, Policy
+from segcompass.reasoning.prompts import ANSWER_CLOSE
+from segcompass.types import Score, Status
+
+TOP = 9  # the best of the ten scores
+
+
+class PolicyScorer:
+    """Asks a policy whose answers are scores.
+
+    Source: Rea2Seg's second stage, which reads the score off the answer. Here it is the expected
+    digit under the policy's probabilities where it writes its own, so that ties are rare.
+
+    Args:
+        policy: Its prompt's form is ``score``.
+        batch: Pictures that are judged together.
+        force_form: Hold the judgements to their form; without, a malformed one scores 0.
+    """
+
+    def __init__(self, policy: Policy, *, batch: int = 16, force_form: bool = True) -> None:
+        if policy.config.prompt.form != "score":
+            raise ValueError(
+                f"a scorer's answers are scores, this policy's are {policy.config.prompt.form}; "
+                "set prompt.form: score"
+            )
+        digits = [policy.prompt.encode_inner(str(digit)) for digit in range(TOP + 1)]
+        if any(len(tokens) != 1 for tokens in digits):
+            raise ValueError("a scorer's tokenizer must have a token for every digit")
+        self.digits = [tokens[0] for tokens in digits]
+        self.policy, self.batch, self.force_form = policy, batch, force_form
+
+    @torch.no_grad()
+    def score(self, pictures: Sequence[np.ndarray], instructions: Sequence[str]) -> list[Score]:
+        """Judge the region that each picture marks (``grounding.marking``), greedily.
+
+        Args:
+            pictures: uint8 (height, width, 3), with the mark.
+            instructions: What was asked for, one for each picture.
+        """
+        scores: list[Score] = []
+        for start in range(0, len(pictures), self.batch):
+            visuals = [
+                self.policy.backbone.prepare(picture)
+                for picture in pictures[start : start + self.batch]
+            ]
+            written = self.policy.generate(
+                visuals, instructions[start : start + self.batch], force_form=self.force_form
+            )
+            scores += [self._read(written, row) for row in range(len(visuals))]
+        return scores
+
+    def _read(self, written: Generation, row: int) -> Score:
+        """The judgement of one row."""
+        answer = written.answers[row]
+        at = self._digit_at(written.sequences.ids[row], written.is_answer[row])
+        if answer.status != Status.OK:
+            return Score(0.0, answer.thought, answer.status)
+        if at is None:  # the digit is part of a longer token: nothing to read probabilities from
+            return Score(0.0, answer.thought, Status.MALFORMED)
+        logits = self.policy.language_logits(written.hidden[row, at - 1][None])[0]
+        return Score(expected(logits[self.digits]), answer.thought, Status.OK)
+
+    def _digit_at(self, ids: Int[Tensor, "M"], is_answer: Tensor) -> int | None:
+        """Where in the sequence the score stands: the last digit, right before the mark."""
+        places = [int(i) for i in is_answer.nonzero() if int(ids[i]) in self.digits]
+        if not places:
+            return None
+        behind = ids[places[-1] + 1 :][is_answer[places[-1] + 1 :]].tolist()
+        text = self.policy.prompt.decode(
+            [t for t in behind if t != self.policy.prompt.eos_token_id]
+        )
+        return places[-1] if text.strip() == ANSWER_CLOSE else None
+
+
+def expected(logits: Float[Tensor, "10"]) -> float:
+    """The expected digit, as a share of the best one, in [0, 1]."""
+    digits = torch.arange(TOP + 1, device=logits.device)
+    return float((logits.float().softmax(0) * digits).sum() / TOP)

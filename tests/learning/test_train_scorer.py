@@ -1,0 +1,155 @@
+"""The scorer's stage: what candidates deserve, balanced draws, and a run killed and resumed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recipes import stage, write_config
+from safetensors.torch import load_file
+from tiny import policy_config
+
+from segcompass import SegCompass
+from segcompass.interfaces.candidate_rerank import CandidateRerank
+from segcompass.io.errors import ConfigError
+from segcompass.io.masks import encode
+from segcompass.learning import train
+from segcompass.learning.config import load_config
+from segcompass.learning.engine.loop import Loop
+from segcompass.learning.train_scorer import balanced_indices, deserved, source_of
+from segcompass.reasoning.prompts import PromptConfig
+from segcompass.types import Rle, Sample
+
+SCORER = "scorer/model.safetensors"
+
+
+def columns(*numbers: int) -> Rle:
+    mask = np.zeros((3, 9), dtype=bool)
+    mask[:, list(numbers)] = True
+    return encode(mask)
+
+
+def test_what_candidates_deserve_by_hand() -> None:
+    sample = Sample("s", Path("a.jpg"), 1, (3, 9), "it", (columns(0, 1), columns(2, 3)))
+    found = [columns(0, 1, 2, 3), columns(0, 1, 2), columns(3), columns(3, 4, 5), columns(8)]
+    # 9 x 1, 3/4 (6.75), 1/4 (2.25), 1/6 (1.5 is rounded up), 0
+    assert deserved(sample, found) == [9, 7, 2, 2, 0]
+    nothing = Sample("s", Path("a.jpg"), 1, (3, 9), "it", ())
+    assert deserved(nothing, found[:1]) == [0]
+    ignoring = Sample("s", Path("a.jpg"), 1, (3, 9), "it", sample.targets, ignore=columns(3, 4, 5))
+    assert deserved(ignoring, [columns(0, 1, 2, 4)]) == [9]
+
+
+def test_every_score_is_drawn_about_equally_often_and_by_step_alone() -> None:
+    scores = [0] * 90 + [5] * 9 + [9]
+    drawn = [i for step in range(300) for i in balanced_indices(step, 4, scores, seed=1)]
+    shares = Counter(scores[i] for i in drawn)
+    assert set(shares) == {0, 5, 9}
+    # 1200 draws, a third each: four standard deviations are 65
+    assert all(abs(count - 400) < 65 for count in shares.values())
+    assert balanced_indices(7, 4, scores, 1) == balanced_indices(7, 4, scores, 1)
+    assert balanced_indices(7, 4, scores, 1) != balanced_indices(8, 4, scores, 1)
+
+
+def recipe(folder: Path, data: Path, start: Path | None, **changes: Any) -> Path:
+    """A config of the scorer's stage alone."""
+    use = policy_config("qwen2_5_vl", max_new_tokens=80)
+    prompt = PromptConfig(template=use.prompt.template, form="score")
+    sources = ["direct", "slot", "heatmap"]
+    head = {
+        "scorer": use.model_copy(update={"prompt": prompt}).model_dump(),
+        "candidates": {"accept": 0.0, "sources": sources, "best_of_three": False},
+    }
+    scorer = stage(samples=5, together=2, start=None if start is None else str(start))
+    changes = {"interface": "candidate_rerank", "head": head, "train_scorer": scorer, **changes}
+    return write_config(folder, data, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, tiny_model: Path) -> Path:
+    """The run's folder; do not write to it."""
+    path = recipe(tmp_path_factory.mktemp("scorer"), scenes_root, tiny_model)
+    assert train.run("all", path, [], resume=False) == path.parent / "run/model"
+    return path.parent / "run"
+
+
+def test_the_judge_has_learned_and_the_source_is_as_it_was(
+    finished: Path, tiny_model: Path
+) -> None:
+    for part in ("policy/model.safetensors", "segmenter/model.safetensors", "head.safetensors"):
+        mine, was = load_file(finished / "model" / part), load_file(tiny_model / part)
+        same = (torch.equal(tensor, was[name].to(tensor.dtype)) for name, tensor in mine.items())
+        assert all(same) and mine.keys() == was.keys(), part
+    judge = load_file(finished / "model" / SCORER)
+    was = load_file(tiny_model / "policy/model.safetensors")
+    assert sum(not torch.equal(judge[name].float(), was[name].float()) for name in was) > 10
+    model = SegCompass.from_pretrained(finished / "model", device="cpu")
+    assert isinstance(model.interface, CandidateRerank) and model.interface.source.sae is not None
+    image = np.random.default_rng(0).integers(0, 256, (48, 56, 3), dtype=np.uint8)
+    assert model.predict(image, "the red mug").candidates is not None
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(
+    finished: Path, scenes_root: Path, tiny_model: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = recipe(tmp_path, scenes_root, tiny_model)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:  # while candidates are collected …
+        patch.setattr(SegCompass, "predict_batch", _fails_after(2, SegCompass.predict_batch))
+        with pytest.raises(KeyboardInterrupt):
+            train.run("scorer", path, [], resume=False)
+    candidates = run / "stages/scorer/candidates.jsonl"
+    whole = candidates.read_text()
+    assert len(whole.splitlines()) == 1 + 4
+    candidates.write_text(whole + '{"sample": "torn')
+    with monkeypatch.context() as patch:  # … and while the judge learns
+        patch.setattr(Loop, "save", _fails_after(1, Loop.save))
+        with pytest.raises(KeyboardInterrupt):
+            train.run("scorer", path, [], resume=True)
+    train.run("scorer", path, [], resume=True)
+    assert candidates.read_text() == (finished / "stages/scorer/candidates.jsonl").read_text()
+    mine, other = (load_file(folder / "model" / SCORER) for folder in (run, finished))
+    assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+def _fails_after(calls: int, function: Any) -> Any:
+    """The function, interrupted when it is called once more than ``calls`` times."""
+    left = [calls]
+
+    def limited(*arguments: Any, **options: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return function(*arguments, **options)
+
+    return limited
+
+
+def test_candidates_of_another_choice_are_refused(
+    finished: Path, scenes_root: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, scenes_root, tiny_model)
+    kept = tmp_path / "run/stages/scorer/candidates.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.write_text((finished / "stages/scorer/candidates.jsonl").read_text())
+    with pytest.raises(ConfigError, match="another model or choice"):
+        train.run("scorer", path, ["head.candidates.each=1"], resume=False)
+
+
+def test_stages_and_the_config_of_the_source(scenes_root: Path, tmp_path: Path) -> None:
+    config = load_config(recipe(tmp_path, scenes_root, None))
+    assert train.stages_of(config) == ["segmenter", "warmup", "sae", "joint", "scorer"]
+    assert source_of(config).interface == "concept_slots"
+    assert source_of(config).head == config.head.head
+    given = load_config(tmp_path / "tiny.yaml", [f"train_scorer.start={tmp_path}"])
+    assert train.stages_of(given) == ["scorer"]
+    with pytest.raises(ConfigError, match="train joint"):
+        train.run_scorer(config)
+    plain = config.model_copy(update={"train_scorer": None})
+    with pytest.raises(ConfigError, match="no section train_scorer"):
+        train.run_scorer(plain)
