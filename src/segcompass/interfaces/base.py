@@ -89,6 +89,7 @@ class Interface(nn.Module, ABC):
     has_concepts: ClassVar[bool] = False
     decoupled: ClassVar[bool] = False
     reads_attention: bool = False
+    query_width: int | None = None  # Q, where it is not the policy's width
     config: Any
     decoder: PromptedDecoder
     sae: SparseAutoencoder | None

@@ -70,7 +70,7 @@ class CandidateRerank(Interface):
         super().__init__()
         self.config, self.source, self.scorer, self.judge = config, source, scorer, judge
         self.decoder, self.sae = source.decoder, source.sae
-        self.form = source.form
+        self.form, self.query_width = source.form, source.query_width
         self.reads_attention = "attention" in config.candidates.sources
 
     @classmethod

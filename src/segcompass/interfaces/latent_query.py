@@ -36,7 +36,7 @@ class LatentQuery(Interface):
 
     def __init__(self, config: LatentQueryConfig, decoder: MaskDecoder, policy_width: int) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.query_width = decoder, decoder.channels
         self.widen = nn.Linear(policy_width, policy_width)
         self.narrow = nn.Linear(policy_width, decoder.channels)
         self.confidence = QueryConfidence(decoder.channels, config.confidence_width)

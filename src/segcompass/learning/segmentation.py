@@ -14,7 +14,7 @@ from segcompass.interfaces.base import Alignment, Interface
 from segcompass.learning.corpus import target_grid
 from segcompass.learning.losses import confidence_bce, dice_loss, focal_loss, map_bce
 from segcompass.learning.matching import match
-from segcompass.types import Sample
+from segcompass.types import Sample, given
 
 Terms = dict[str, Tensor]  # values over which a mean is taken, by name
 MASK_TERMS = ("mask_bce", "dice", "focal", "iou")  # of matched pairs
@@ -38,8 +38,8 @@ def segmentation_terms(
 
     Returns:
         ``confidence`` of all B·K slots; ``mask_bce``, ``dice``, ``focal`` and ``iou`` of the M
-        matched pairs; where there are heatmaps, ``heatmap_bce`` and ``heatmap_dice``, and with a
-        place head ``place``.
+        matched pairs; where there are heatmaps, ``heatmap_bce`` and ``heatmap_dice``; with a place
+        head, ``place``.
     """
     confidence, grid = alignment.confidence_logits, keys.shape[-1]
     together = confidence.shape[1] == 1
@@ -68,8 +68,9 @@ def segmentation_terms(
     if alignment.slots is not None:
         terms["heatmap_bce"] = map_bce(maps[chosen], matches.targets)
         terms["heatmap_dice"] = dice_loss(maps[chosen], matches.targets)
-        if place is not None and alignment.queries is not None:
-            terms["place"] = place.losses(alignment.queries[chosen], matches.targets)
+    if place is not None:
+        queries = given(alignment.queries, "slot queries, which place_weight reads")
+        terms["place"] = place.losses(queries[chosen], matches.targets)
     return terms
 
 

@@ -89,8 +89,8 @@ class MaskTeacher:
         """All slots have confidences; each target is matched, as long as there are slots."""
         pairs = sum(min(self.slots, len(s.targets)) for s in samples)
         names: tuple[str, ...] = MASK_TERMS
-        if isinstance(self.interface, HeatmapInterface):
-            names += HEATMAP_TERMS if self.place is None else (*HEATMAP_TERMS, "place")
+        names += HEATMAP_TERMS if isinstance(self.interface, HeatmapInterface) else ()
+        names += () if self.place is None else ("place",)
         return {"confidence": len(samples) * self.slots, **dict.fromkeys(names, pairs)}
 
     @torch.no_grad()

@@ -107,7 +107,7 @@ class JointStep:
     ) -> None:
         self.policy, self.encoder, self.interface = policy, encoder, interface
         self.stage, self.seed, self.world = stage, config.seed, World.current()
-        self.place = PlaceHead(policy.width).to(policy.model.device)
+        self.place = PlaceHead(interface.query_width or policy.width).to(policy.model.device)
         place = self.place if stage.place_weight > 0 else None
         self.teacher: Teacher = teacher_of(policy, encoder, interface, stage, place)
         samples = training_samples(config.data, policy.prompt, config.run)
