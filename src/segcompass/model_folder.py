@@ -84,6 +84,11 @@ def load_parts(name: str | Path, *, dtype: str | None = None, revision: str | No
 
     second = judge if "scorer" in binding["parts"] else None
     interface = _put_together(folder, config, policy, sam, sae, second)
+    if sorted(binding["parts"]) != sorted(parts_of(interface)):
+        raise CheckpointError(
+            f"{folder} holds {', '.join(binding['parts'])}, a model of the interface "
+            f"{config.interface} has {', '.join(parts_of(interface))}; get a complete copy"
+        )
     if "head" in binding["parts"]:
         checkpoints.load_module(interface.head, folder / checkpoints.PARTS["head"])
     return Parts(config, policy, sam, interface, checkpoints.fingerprint(binding))

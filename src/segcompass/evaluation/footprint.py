@@ -75,12 +75,14 @@ def explanations_of(predictions: Iterable[Prediction]) -> list[str]:
 def peak_bytes(model: SegCompass, run: Callable[[], object]) -> int:
     """The weights of a model, and the most memory that its tensors take beside them in a call."""
     device = model.policy.model.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device)
-    weights = {p.data_ptr(): p.nbytes for p in (*model.parameters(), *model.buffers())}
-    return sum(weights.values()) + transient_bytes(run)
+    held = {p.data_ptr(): p.nbytes for p in (*model.parameters(), *model.buffers())}
+    weights = sum(held.values())
+    if device.type != "cuda":
+        return weights + transient_bytes(run)
+    before = torch.cuda.memory_allocated(device)  # perhaps not by this model alone
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return weights + torch.cuda.max_memory_allocated(device) - before
 
 
 def transient_bytes(run: Callable[[], object]) -> int:

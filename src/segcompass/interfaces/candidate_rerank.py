@@ -75,15 +75,11 @@ class CandidateRerank(Interface):
 
     @classmethod
     def build(cls, config: CandidateRerankConfig, material: Material) -> CandidateRerank:
-        """Make the source of its own settings; without a second policy the first one judges.
-
-        Where attention is a source of candidates the policy's becomes eager: others show nothing.
-        """
+        """Make the source of its own settings; without a second policy the first one judges."""
         source = find(config.interface).build(config.head, material)
         if material.policy is None:
             raise ValueError("candidate_rerank asks a policy; give the material one")
-        if "attention" in config.candidates.sources:
-            material.policy.model.set_attn_implementation({"text_config": "eager"})
+        show_attention(material.policy, config.candidates)
         if material.judge is not None:
             judge = material.judge(config.scorer)
             return cls(config, source, PolicyScorer(judge), judge)
@@ -189,6 +185,12 @@ class CandidateRerank(Interface):
         pictures = [mark(prediction.image_rgb, candidate.mask) for prediction, candidate in pairs]
         scores = iter(self.scorer.score(pictures, [p.instruction for p, _ in pairs]))
         return [[next(scores) for _ in own] for own in found]
+
+
+def show_attention(policy: Policy, config: CandidateConfig) -> None:
+    """Make the policy's attention eager where candidates come from it: others show nothing."""
+    if "attention" in config.sources:
+        policy.model.set_attn_implementation({"text_config": "eager"})
 
 
 def choose(

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from scipy import ndimage
 from torch import Tensor
 
-from segcompass.geometry import Frame, masks_to_image, points_to_frame
+from segcompass.geometry import Frame, masks_to_image, padding_mask, points_to_frame
 from segcompass.types import Prediction
 
 Source = Literal["direct", "slot", "heatmap", "attention"]
@@ -111,11 +111,11 @@ def heatmap_peaks(prediction: Prediction, frame: Frame, config: CandidateConfig)
     found = []
     for k, logits in enumerate(prediction.heatmap_logits):
         heat = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        heat[padding_mask([frame], len(heat))[0].numpy()] = 0
         cell = frame.side / len(heat)
         for y, x in maxima(heat, config.each, config.apart, config.floor):
             place = ((x + 0.5) * cell, (y + 0.5) * cell)
-            if place[0] < frame.scaled_hw[1] and place[1] < frame.scaled_hw[0]:
-                found.append(Peak(float(heat[y, x] * prediction.slot_scores[k]), k, place))
+            found.append(Peak(float(heat[y, x] * prediction.slot_scores[k]), k, place))
     return sorted(found, key=lambda peak: -peak.strength)
 
 

@@ -58,7 +58,14 @@ class TextReadout(Interface):
 
     @classmethod
     def build(cls, config: TextReadoutConfig, material: Material) -> TextReadout:
-        """Make one around a segmenter."""
+        """Make one around a segmenter; raises ValueError if prompt and canvas disagree."""
+        if material.policy is not None:
+            side = material.policy.config.prompt.canvas_side
+            if side != config.canvas.side:
+                raise ValueError(
+                    f"answers are written on a canvas of {side} px (policy.prompt.canvas_side) and "
+                    f"read on one of {config.canvas.side} px (head.canvas.side); give both one size"
+                )
         return cls(config, material.prompted)
 
     def trained(self) -> dict[str, nn.Module]:
@@ -118,8 +125,10 @@ class TextReadout(Interface):
             spots[row, : len(found.points)] = np.reshape(found.points, (-1, 2))
         height, width = image_hw
         return BoxPrompts(
-            self.config.canvas.boxes_to_image(boxes, image_hw),
-            self.config.canvas.points_to_image(spots, image_hw).clip(0, (width, height)),
+            self.config.canvas.boxes_to_image(boxes, image_hw).astype(np.float32),
+            self.config.canvas.points_to_image(spots, image_hw)
+            .clip(0, (width, height))
+            .astype(np.float32),
         )
 
     def draw(

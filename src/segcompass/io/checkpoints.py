@@ -180,7 +180,9 @@ def replace_folder(partial: Path, folder: Path) -> None:
     """Put a finished folder in the place of an older one, which is whole until that moment."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.is_symlink():  # lent by another run, whose it stays
+        folder.unlink()
+    elif folder.exists():
         folder.replace(old)
     partial.replace(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -196,7 +196,8 @@ def _draw_prompts(image: Image.Image, prompts: BoxPrompts, slots: list[int], wid
             continue
         x0, y0, x1, y1 = prompt["box"]
         draw.rectangle((x0, y0, x1, y1), outline="white", width=3 * width)
-        inner = (x0 + width, y0 + width, max(x0, x1 - width), max(y0, y1 - width))
+        left, top = x0 + width, y0 + width  # a box may be narrower than its outline
+        inner = (left, top, max(left, x1 - width), max(top, y1 - width))
         draw.rectangle(inner, outline=slot_colour(k), width=width)
         for point in prompt["points"]:
             draw.circle(point, 4 * width, fill="white")
@@ -235,12 +236,11 @@ def save(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
     root, stem = Path(folder), file_stem(prediction)
     root.mkdir(parents=True, exist_ok=True)
     pictures = {"overlay": overlay(prediction), "union": _union(prediction)}
-    for k, mask in enumerate(prediction.slot_masks):
-        if prediction.accepted[k]:
-            pictures[f"slot-{k}"] = mask
-        else:
-            (root / f"{stem}.slot-{k}.png").unlink(missing_ok=True)
+    for k in np.flatnonzero(prediction.accepted).tolist():
+        pictures[f"slot-{k}"] = prediction.slot_masks[k]
     paths = {what: root / f"{stem}.{what}.png" for what in sorted(pictures)}
+    for stale in {*root.glob(f"{stem}.slot-*.png")} - {*paths.values()}:  # answers differ in slots
+        stale.unlink(missing_ok=True)
     for what, path in paths.items():
         _write(path, _png_bytes(pictures[what]))
     paths["arrays"], arrays = root / f"{stem}.npz", to_arrays(prediction)

@@ -100,6 +100,15 @@ class RunConfig(OfInterface, frozen=True):
     train_joint: JointStage
     train_scorer: ScorerStage | None = None  # only candidate_rerank has a scorer
 
+    @model_validator(mode="after")
+    def _a_scorer_where_one_is_needed(self) -> RunConfig:
+        if (self.interface == "candidate_rerank") != (self.train_scorer is not None):
+            raise ValueError(
+                "candidate_rerank and train_scorer go together: the one trains its judge with the "
+                f"other; got interface {self.interface}"
+            )
+        return self
+
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a config and apply ``a.b=value`` overrides.

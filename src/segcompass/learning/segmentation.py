@@ -43,8 +43,9 @@ def segmentation_terms(
     """
     confidence, grid = alignment.confidence_logits, keys.shape[-1]
     together = confidence.shape[1] == 1
-    coarse = [_wanted(s, f, grid, together).to(keys) for s, f in zip(samples, frames, strict=True)]
-    fine = [_wanted(s, f, 4 * grid, together) for s, f in zip(samples, frames, strict=True)]
+    asked = [(s, f.side) for s, f in zip(samples, frames, strict=True)]
+    coarse = [wanted_maps(s, side, grid, together).to(keys) for s, side in asked]
+    fine = [wanted_maps(s, side, 4 * grid, together) for s, side in asked]
     if alignment.slots is None:
         maps = keys.new_zeros(*confidence.shape, grid, grid)  # matched by confidence alone
     else:
@@ -74,9 +75,9 @@ def segmentation_terms(
     return terms
 
 
-def _wanted(sample: Sample, frame: Frame, grid: int, together: bool) -> Float[Tensor, "N g g"]:
+def wanted_maps(sample: Sample, side: int, grid: int, together: bool) -> Float[Tensor, "N g g"]:
     """A sample's targets on a grid over the frame; as one target if one slot draws them all."""
-    masks = target_grid(sample.targets, sample.image_hw, frame.side, grid)
+    masks = target_grid(sample.targets, sample.image_hw, side, grid)
     return masks.sum(0, keepdim=True).clamp_max(1) if together and len(masks) else masks
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.interfaces.base import Alignment, Interface
 from segcompass.interfaces.heatmaps import HeatmapInterface
-from segcompass.learning.corpus import target_grid
 from segcompass.learning.questions import Questions
 from segcompass.learning.rewards import format_score, mask_score
 from segcompass.learning.rollouts import Rollouts
@@ -25,6 +24,7 @@ from segcompass.learning.segmentation import (
     PlaceHead,
     Terms,
     segmentation_terms,
+    wanted_maps,
 )
 from segcompass.learning.stages import JointStage
 from segcompass.reasoning.policy import Policy
@@ -110,7 +110,7 @@ class MaskTeacher:
             logits = self.interface.decode(chosen.keys, alignment, frames=frames, select=select)
             found = torch.split(logits, counts.sum(1).tolist())
             for row, sample, maps in zip(good, chosen.samples, found, strict=True):
-                wanted = target_grid(sample.targets, sample.image_hw, self.side, grid)
+                wanted = wanted_maps(sample, self.side, grid, together=self.slots == 1)
                 masks[row] = mask_score(maps, wanted.to(maps.device), self.stage.rewards)
         device = questions.keys.device
         parts = torch.tensor(form, device=device), torch.tensor(masks, device=device)

@@ -120,7 +120,7 @@ def run_warmup(config: RunConfig) -> Path:
         train_vision(policy, config, config.train_vision, config.run / "stages/warmup-vision")
     if config.train_language is not None:
         folder = config.run / "stages/warmup-language"
-        train_language(policy, config, config.train_language, folder)
+        train_language(policy, source_of(config), config.train_language, folder)
     return _hand_on(config.run / "policy", lambda folder: save_policy(policy, folder))
 
 
@@ -219,6 +219,11 @@ def start_model(config: RunConfig) -> Parts:
     torch.manual_seed(config.seed)
     if config.train_joint.start is not None:
         parts = load_parts(config.train_joint.start, dtype=config.policy.dtype)
+        if parts.config.interface != config.interface:
+            raise ConfigError(
+                f"{config.train_joint.start} is a model of the interface {parts.config.interface}, "
+                f"the config says {config.interface}; set `interface: {parts.config.interface}`"
+            )
         return parts._replace(config=parts.config.model_copy(update={"name": config.run.name}))
     policy = warm_policy(config)
     sam = load_segmenter(_made_by("segmenter", config.run / "segmenter"))

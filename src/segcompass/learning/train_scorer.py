@@ -20,7 +20,11 @@ import torch
 from segcompass.grounding.marking import mark
 from segcompass.grounding.segmenters import encoder_of
 from segcompass.interfaces.base import Interface
-from segcompass.interfaces.candidate_rerank import CandidateRerank, CandidateRerankConfig
+from segcompass.interfaces.candidate_rerank import (
+    CandidateRerank,
+    CandidateRerankConfig,
+    show_attention,
+)
 from segcompass.interfaces.candidates import iou
 from segcompass.io import masks
 from segcompass.io.errors import ConfigError
@@ -130,6 +134,7 @@ def collect(
             f"{path} holds candidates of another model or choice ({known[0]}); delete it, or set "
             "another `run` folder"
         )
+    show_attention(parts.policy, head.candidates)
     interface = CandidateRerank(head, parts.interface, _Nobody())
     model = SegCompass(parts.policy, encoder_of(parts.sam), interface).eval()
     model.to(World.current().device)
