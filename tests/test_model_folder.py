@@ -212,3 +212,14 @@ def test_an_interface_needs_matching_parts(tiny_model: Path) -> None:
     model = load_model(tiny_model, device="cpu")
     with pytest.raises(ValueError, match="SAE reads states of width 16"):
         build_interface(ModelConfig(), model.policy, tiny_sam(), tiny_sae(width=16))
+
+
+def test_parts_are_those_of_the_interface(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    binding = json.loads((folder / "segcompass.json").read_text())
+    binding["parts"].remove("head")
+    del binding["files"]["head.safetensors"]
+    (folder / "segcompass.json").write_text(json.dumps(binding))
+    with pytest.raises(CheckpointError, match="concept_slots has policy, segmenter, sae, head"):
+        load_model(folder)

@@ -170,3 +170,16 @@ def test_weights_of_masks_have_a_second_phase() -> None:
     names = ("heatmap_bce", "dice", "heatmap_dice", "focal", "confidence")
     assert [stage.weights(3)[n] for n in names] == [0.5, 0.4, 0.4, 0.0, 0.3]
     assert [stage.weights(4)[n] for n in names] == [0.5, 1.0, 1.0, 2.5, 0.3]
+
+
+def test_a_scorer_and_its_interface_go_together(tmp_path: Path) -> None:
+    with_scorer = SMALLEST + "train_scorer: {steps: 2, learning_rate: 0.001}\n"
+    assert "go together" in complaint(tmp_path, with_scorer)
+    assert "go together" in complaint(tmp_path, SMALLEST, "interface=candidate_rerank")
+    assert load_config(write(tmp_path, with_scorer), ["interface=candidate_rerank"]).train_scorer
+
+
+def test_an_interface_that_there_is_not(tmp_path: Path) -> None:
+    told = complaint(tmp_path, SMALLEST, "interface=concept_slot")
+    assert "did you mean concept_slots?" in told
+    assert "head.codebook_widht" in complaint(tmp_path, SMALLEST, "head.codebook_widht=3")

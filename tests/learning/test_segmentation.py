@@ -13,13 +13,20 @@ from tiny import tiny_head, tiny_sae, tiny_sam
 from torch import Tensor
 
 from segcompass.data.samples import read_dataset
-from segcompass.geometry import Frame
+from segcompass.geometry import Frame, masks_to_grid
 from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.interfaces.base import Alignment
 from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.io import masks
 from segcompass.learning.corpus import target_grid
 from segcompass.learning.losses import dice_loss, focal_loss, map_bce
-from segcompass.learning.segmentation import PlaceHead, Terms, segmentation_terms
+from segcompass.learning.rewards import RewardConfig, mask_score
+from segcompass.learning.segmentation import (
+    PlaceHead,
+    Terms,
+    segmentation_terms,
+    wanted_maps,
+)
 from segcompass.types import Sample, Slots
 
 SIDE, GRID, CHANNELS, WIDTH, K = 64, 8, 32, 32, 3  # of the tiny segmenter and head
@@ -209,3 +216,18 @@ def test_more_targets_than_slots_leave_some_unmatched(
     crowded = replace(samples[2], targets=samples[2].targets * 3)
     found = judge([crowded], slots_of(torch.randn(1, K, GRID, GRID)))
     assert found["dice"].shape == (K,)
+
+
+def test_one_slot_answers_for_all_targets_together(samples: dict[int, Sample]) -> None:
+    two, frame = samples[2], Frame.fit(samples[2].image_hw, SIDE)
+    assert len(two.targets) == 2
+    apart = wanted_maps(two, SIDE, GRID, together=False)
+    together = wanted_maps(two, SIDE, GRID, together=True)
+    whole = torch.from_numpy(masks.union(two.targets, two.image_hw))[None]
+    union = masks_to_grid(whole, frame, GRID)
+    torch.testing.assert_close(together, union)
+    assert len(apart) == 2 and apart.sum() == pytest.approx(together.sum().item())
+    drawn = 40 * (together > 0.5).float() - 20
+    sharp = (together > 0.5).float()
+    assert mask_score(drawn, sharp, RewardConfig()) == pytest.approx(1.0, abs=1e-3)
+    assert wanted_maps(samples[0], SIDE, GRID, together=True).shape == (0, GRID, GRID)
