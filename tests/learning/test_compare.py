@@ -134,9 +134,10 @@ def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPa
     assert rows == json.loads((done / "comparison.json").read_text())
 
 
-def test_a_run_that_began_otherwise_is_refused(done: Path) -> None:
+@pytest.mark.parametrize("change", ["common.train_joint.steps=9", "from=elsewhere", "stages=[sae]"])
+def test_a_run_that_began_otherwise_is_refused(change: str, done: Path) -> None:
     with pytest.raises(ConfigError, match=r"concept_slots-0\.yaml was another when"):
-        load_experiment(done.parent / "compare.yaml", ["common.train_joint.steps=9"])
+        load_experiment(done.parent / "compare.yaml", [change])
 
 
 def test_all_runs_are_checked_before_any_begins(
@@ -181,6 +182,8 @@ def test_a_finished_model_is_judged_as_it_is(
     assert (row["seeds"], row["parameters"]) == (1, None)
     figures = json.loads((tmp_path / "out/given/eval/metrics.json").read_text())
     assert figures["threshold"] == 0.0
+    with pytest.raises(ConfigError, match=r"given\.yaml was another when"):
+        load_experiment(path, ["arms.given.model=another"])
 
 
 def test_shown_samples_are_of_all_kinds() -> None:

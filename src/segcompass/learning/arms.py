@@ -124,9 +124,17 @@ def load_experiment(path: Path, overrides: list[str] | None = None) -> Experimen
         )
         raise ConfigError(f"{path}: {problems}") from error
     for name, arm in experiment.arms.items():
-        if arm.model is None:
-            for folder, seed in zip(experiment.runs(name), experiment.seeds, strict=True):
-                _write_config(folder, experiment.settings(name, seed))
+        if arm.model is not None:
+            (folder,) = experiment.runs(name)
+            _claim(folder, yaml.safe_dump({"model": arm.model}))
+            continue
+        origin = (
+            f"# from {experiment.source}, stages {', '.join(arm.stages or experiment.stages)}\n"
+        )
+        for folder, seed in zip(experiment.runs(name), experiment.seeds, strict=True):
+            settings = yaml.safe_dump(experiment.settings(name, seed), sort_keys=False)
+            _claim(folder, origin + settings)
+            load_config(config_of(folder))
     return experiment
 
 
@@ -135,15 +143,15 @@ def config_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.yaml")
 
 
-def _write_config(folder: Path, settings: dict[str, Any]) -> None:
-    path, text = config_of(folder), yaml.safe_dump(settings, sort_keys=False)
+def _claim(folder: Path, text: str) -> None:
+    """Write down what a run is made of, unless it began as something else."""
+    path = config_of(folder)
     if folder.exists() and path.exists() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(
             f"{path} was another when {folder} began; set another `out`, or delete both"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    load_config(path)
 
 
 def run_arm(experiment: Experiment, name: str, folder: Path) -> dict[str, Any]:
