@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measuring import machine, median_seconds, new_parser, present, row, transient_bytes
+from measuring import machine, median_seconds, new_parser, report, row, transient_bytes
 from torch import Tensor
 
 from segcompass.concepts.query_codebook import QueryCodebook, QueryCodebookConfig
@@ -179,11 +179,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
-    options = parse(arguments)
-    present(measure(options), as_json=options.json)
-
-
 if __name__ == "__main__":
-    main()
+    report(measure, parse())

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from measuring import machine, median_seconds, new_parser, present, row
+from measuring import machine, median_seconds, new_parser, report, row
 from PIL import Image
 from scipy.sparse import csr_array, vstack
 
@@ -379,11 +379,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
-    options = parse(arguments)
-    present(measure(options), as_json=options.json)
-
-
 if __name__ == "__main__":
-    main()
+    report(measure, parse())

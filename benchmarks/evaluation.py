@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from measuring import machine, median_seconds, new_parser, present, row
+from measuring import machine, median_seconds, new_parser, report, row
 
 from segcompass.evaluation.detection import average_precision, match_targets, pool_detections
 from segcompass.evaluation.metrics import RESAMPLES, Metrics
@@ -223,11 +223,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
-    options = parse(arguments)
-    present(measure(options), as_json=options.json)
-
-
 if __name__ == "__main__":
-    main()
+    report(measure, parse())

@@ -33,7 +33,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from alignment import threshold_for
-from measuring import machine, median_seconds, new_parser, present, row, transient_bytes
+from measuring import machine, median_seconds, new_parser, report, row, transient_bytes
 from torch import Tensor, nn
 from transformers import SamModel
 
@@ -352,11 +352,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
-    options = parse(arguments)
-    present(measure(options), as_json=options.json)
-
-
 if __name__ == "__main__":
-    main()
+    report(measure, parse())

@@ -25,7 +25,7 @@ from typing import Any
 
 import joint_step
 import torch
-from measuring import machine, present, row
+from measuring import machine, report, row
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
@@ -176,12 +176,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     return row("language_step_vs_trl", "s/step", medians["ours"], medians["trl"])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print; the options are those of joint_step.py."""
-    options = joint_step.parse(arguments)
-    result = {"name": "language_step", "machine": machine(), "rows": [compare(options)]}
-    present(result, as_json=options.json)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The one row in the format of all benchmarks; the options are those of joint_step.py."""
+    return {"name": "language_step", "machine": machine(), "rows": [compare(options)]}
 
 
 if __name__ == "__main__":
-    main()
+    report(measure, joint_step.parse())

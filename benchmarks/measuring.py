@@ -74,3 +74,10 @@ def present(result: dict[str, Any], *, as_json: bool) -> None:
             f"{one['measure']:32} ours {one['ours']:12.4g}  baseline {one['baseline']:12.4g} "
             f"{one['unit']:9}  {one['ratio']:6.2f} times better"
         )
+
+
+def report(
+    measure: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.Namespace
+) -> None:
+    """Measure and print."""
+    present(measure(options), as_json=options.json)

@@ -191,13 +191,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
-    from measuring import present
-
-    options = parse(arguments)
-    present(measure(options), as_json=options.json)
-
-
 if __name__ == "__main__":
-    main()
+    from measuring import report
+
+    report(measure, parse())

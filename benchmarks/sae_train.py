@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measuring import machine, new_parser, present, row, transient_bytes
+from measuring import machine, new_parser, report, row, transient_bytes
 from torch import Tensor
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
@@ -279,11 +279,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
-    options = parse(arguments)
-    present(measure(options), as_json=options.json)
-
-
 if __name__ == "__main__":
-    main()
+    report(measure, parse())

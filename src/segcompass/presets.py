@@ -29,8 +29,9 @@ from segcompass.grounding.slot_mapper import SlotMapperConfig
 from segcompass.interfaces.concept_slots import ConceptSlots, HeadConfig
 from segcompass.io.errors import ConfigError
 from segcompass.reasoning.backbones import FAMILIES, Backbone, family_of
-from segcompass.reasoning.policy import PolicyConfig, StateTap
+from segcompass.reasoning.policy import PolicyConfig
 from segcompass.reasoning.prompts import LLAVA_TEMPLATE, QWEN_TEMPLATE, PromptConfig
+from segcompass.reasoning.state_tap import StateTap
 from segcompass.types import SparseCodes
 
 _TOKENS, _ACTIVE = 640, 64  # of the sequence whose shapes are checked: length, codes a token

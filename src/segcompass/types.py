@@ -126,7 +126,7 @@ class Candidates(NamedTuple):
     scores: np.ndarray  # float32 (M,) in [0, 1], as the scorer rated them
     sources: tuple[str, ...]  # where each one comes from: "direct, slot 1", with the rank there
     thoughts: tuple[str, ...]  # why it was rated so
-    chosen: int | None  # index of the best; None where there was none
+    chosen: int | None  # index of the answer; None where it is none of them
 
 
 class Score(NamedTuple):

@@ -20,6 +20,7 @@ from PIL import Image
 from segcompass.apps import web_frames as frames
 from segcompass.apps.web_desk import Desk
 from segcompass.explain.intervene import Edit, Intervention
+from segcompass.interfaces.registry import find
 from segcompass.io.errors import ImageError, UnsafeFileError
 from segcompass.io.saved import load_prediction
 from segcompass.pipeline import SegCompass
@@ -213,6 +214,13 @@ def test_every_interface_has_its_answer_and_its_files(desk: Desk, interface: str
     names = {path.name for path in desk.keep(made).files}
     assert {"report.html", "coco.json"} <= names
     assert frames.verdict(made) == "Found 2 masks in 1.5 s."
+
+
+def test_what_can_be_changed_is_for_the_interface_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_prediction(interface="latent_query")
+    assert not frames.can_be_changed(made)
+    monkeypatch.setattr(find("latent_query"), "has_concepts", True)
+    assert frames.can_be_changed(made)
 
 
 @pytest.mark.parametrize("make", [make_prediction, malformed])

@@ -13,7 +13,8 @@ SMALL = ["--tokens", "64", "--d-in", "16", "--d-sae", "4096", "--width", "8", "-
 
 
 def test_prints_one_json_object_with_every_row(capsys: pytest.CaptureFixture[str]) -> None:
-    alignment.main([*SMALL, "--chunk", "128", "--repeats", "1", "--json"])
+    options = alignment.parse([*SMALL, "--chunk", "128", "--repeats", "1", "--json"])
+    measuring.report(alignment.measure, options)
     result = json.loads(capsys.readouterr().out)
     assert result["name"] == "alignment" and result["machine"]
     rows = {row["measure"]: row for row in result["rows"]}

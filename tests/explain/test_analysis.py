@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,16 @@ from typer.testing import CliRunner
 
 from segcompass.apps.cli import app
 from segcompass.data.samples import read_dataset
+from segcompass.explain import concept_cards
 from segcompass.explain.analysis import Analysis, answers, panel_ids
+from segcompass.explain.concept_cards import Card
+from segcompass.explain.deletion import CHANGED
+from segcompass.explain.intervene import Edit, intervene
+from segcompass.explain.provenance import provenance
 from segcompass.io.errors import DataError
+from segcompass.io.outputs import save
 from segcompass.pipeline import SegCompass
+from segcompass.types import Prediction, Sample
 
 pytest.importorskip("matplotlib")
 TABLES = ("activation_patterns", "instance_coverage", "samples", "heatmap", "sae_error")
@@ -77,3 +86,52 @@ def test_no_hook_outlives_an_analysis(tiny_model: Path, scenes_root: Path) -> No
         analysis.add(sample, prediction)
     assert len(analysis.qualities) == 2
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_cards_and_faithfulness_in_one_run(
+    tiny_model: Path, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The random model's answers are held to their form beforehand, and saved."""
+    model = SegCompass.from_pretrained(tiny_model, device="cpu")
+    answered: list[tuple[Prediction, list[int]]] = []
+    wanted: dict[str, list[int]] = {}
+    for sample in read_dataset(scenes_root, "val", limit=3):
+        prediction = model.predict(sample.image_path, sample.instruction, threshold=0.0)
+        prediction = replace(prediction, source=str(sample.image_path))
+        save(prediction, tmp_path / "answers")
+        active = sorted(set(prediction.codes.columns.tolist()))
+        wanted[sample.sample_id] = [active, active[:1], []][len(wanted)]
+        if sample.targets:
+            answered.append((prediction, wanted[sample.sample_id]))
+
+    def naming(cards: list[Card]) -> Callable[[Sample], list[int]]:
+        live = {card.concept for card in cards}
+        assert live >= {concept for concepts in wanted.values() for concept in concepts}
+        return lambda sample: wanted[sample.sample_id]
+
+    monkeypatch.setattr(concept_cards, "naming", naming)
+    asked = ["analyze", "--model", str(tiny_model), "--data", str(scenes_root), "--limit", "3"]
+    asked += ["--predictions", str(tmp_path / "answers"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*asked, "--cards", "--faithfulness"])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["faithfulness"]
+
+    ious = [
+        intervene(model, prediction, [Edit.ablate(concept) for concept in concepts]).answer_iou
+        for prediction, concepts in answered
+        if concepts
+    ]
+    assert found["named_concepts"]["judged"] == len(ious)
+    assert found["named_concepts"]["changed"] == sum(iou < CHANGED for iou in ious) / len(ious)
+    shares = [
+        slot.confidence.residual_share
+        for prediction, _ in answered
+        for slot in provenance(model, prediction)
+    ]
+    figures = {"slots": len(shares), "mean": sum(shares) / len(shares), "largest": max(shares)}
+    assert found["residual"]["confidence"] == pytest.approx(figures, abs=1e-5)
+    with (tmp_path / "out" / "residuals.csv").open() as rows:
+        mean = {row["scalar"]: float(row["mean"]) for row in csv.DictReader(rows)}
+    assert mean == {scalar: figures["mean"] for scalar, figures in found["residual"].items()}
+    told = {words[0] for line in result.stdout.splitlines() if (words := line.split())}
+    assert {"residual.confidence.mean", "residual.mask.largest", "named_concepts.changed"} <= told

@@ -5,21 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from factories import make_prediction
+from synthetic_answers import answer, sample, square
 
 from segcompass.data.samples import read_dataset
 from segcompass.data.scenes.grammar import resolve
+from segcompass.explain import deletion
 from segcompass.explain import faithfulness as module
+from segcompass.explain.concept_cards import Card, naming
+from segcompass.explain.concept_labels import Label, Score
 from segcompass.explain.deletion import COUNTS, ORDERS, SHARES, Surgery, Trial
 from segcompass.explain.faithfulness import TENTH, faithfulness
+from segcompass.explain.integrated_gradients import Attribution
 from segcompass.explain.intervene import answer_mask, overlap
+from segcompass.explain.provenance import SlotProvenance
 from segcompass.explain.retell import corruptions, points_at, retell
+from segcompass.explain.vocabulary import Feature
 from segcompass.io.outputs import dump_json
 from segcompass.pipeline import SegCompass
-from segcompass.types import NamedObject, Prediction, Sample, Status
+from segcompass.types import NamedObject, Prediction, Sample, SparseCodes, Status
 
 MUG = NamedObject(1, "mug", "red", "medium", "plain", "b3")
 PLATE = NamedObject(2, "book", "blue", "medium", "plain", "g7")
@@ -50,6 +59,7 @@ def trial(image: int, tenth: tuple[float, float, float]) -> Trial:
         image_id=image,
         curves=np.repeat(curves[..., None], 3, axis=-1),
         alone=np.full((len(COUNTS), 3), 0.5),
+        residuals=np.zeros((2, 2)),
         slot_changed=(True, False),
         named_changed=None,
     )
@@ -115,6 +125,82 @@ def test_a_report_on_one_answer(model: SegCompass, answered: tuple[Sample, Predi
     assert [row["corruption"] for row in report["thoughts"]["rows"]][:3] == [
         "same", "shuffled", "empty",
     ]  # fmt: skip
+
+
+RED, HAT, FAINT, OTHERS = 0, 1, 2, range(3, 103)
+SHARE = {0: 0.01, 1: 0.03, 2: 0.0, 3: 0.0}  # residual of the confidence, by picture
+
+
+def card(concept: int, family: str, value: str, f1: float) -> Card:
+    """A card that names one look."""
+    score = Score(f1, f1)
+    label = Label((Feature(family, value),), 0.0, score, score)
+    nothing: Any = ()
+    return Card(concept, "image", 0.1, (0, 1), 1.0, *[nothing, label], *[nothing] * 5)
+
+
+def asked(number: int, thing: NamedObject) -> Sample:
+    """A question about the red mug or the blue book, whose mask is the first patch."""
+    found = sample(number, square(0, 0, 10, 10))
+    return replace(found, objects=(MUG, PLATE), target_ids=(thing.ann_id,))
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose masks hang on one concept, RED, in questions about the red thing alone."""
+
+    def replay(_: Any, prediction: Prediction, variants: list[SparseCodes], *__: Any) -> Any:
+        for codes in variants:
+            hangs = "red" in prediction.instruction
+            there = not hangs or RED in codes.columns
+            yield replace(prediction, codes=codes, slot_masks=prediction.slot_masks & there)
+
+    def provenance(_: Any, prediction: Prediction) -> list[SlotProvenance]:
+        weights = np.zeros(len(prediction.codes.values))
+        weights[0] = 1 - float(prediction.slot_scores[0])  # of a change of 1
+        confidence, mask = Attribution(weights, 3.0, 2.0), Attribution(weights, 5.0, 6.0)
+        return [SlotProvenance(prediction, 0, confidence, mask, weights)]
+
+    silent = SimpleNamespace(add=lambda *_: None, result=lambda _: {})
+    monkeypatch.setattr(deletion, "head_inputs", lambda *_: None)
+    monkeypatch.setattr(deletion, "replay", replay)
+    monkeypatch.setattr(deletion, "provenance", provenance)
+    monkeypatch.setattr(module, "ThoughtConsistency", lambda *_: silent)
+
+
+@pytest.mark.usefixtures("world")
+def test_figures_of_a_world_that_is_known() -> None:
+    cards = [
+        card(RED, "colour", "red", 1.0),
+        card(HAT, "category", "book", 0.7),
+        card(FAINT, "category", "mug", 0.5),  # does not hold: names nothing
+    ]
+    fires = dict.fromkeys((FAINT, *OTHERS), 1.0)
+    answers = [
+        (asked(0, MUG), "red", {RED: 1.0} | fires),  # judged; RED was all that mattered
+        (asked(1, MUG), "red", fires),  # nothing that names the mug fires
+        (asked(2, PLATE), "blue", {HAT: 1.0, RED: 1.0} | fires),  # judged; HAT does not matter
+        (asked(3, PLATE), "blue", fires),
+    ]
+    answered = [
+        (
+            question,
+            replace(
+                answer({(0, c): v for c, v in active.items()}, concepts=103, question=colour),
+                slot_scores=np.array([SHARE[question.image_id]]),
+            ),
+        )
+        for question, colour, active in answers
+    ]
+    found = faithfulness(cast(Any, None), answered, draws=1, named=naming(cards))
+    # One concept of 102 drawn at random is not RED, and would have to be to change anything.
+    assert found["named_concepts"] == {"judged": 2, "changed": 0.5, "changed_at_random": 0.0}
+    confidence, mask = found["residual"]["confidence"], found["residual"]["mask"]
+    assert confidence == {
+        "slots": 4, "mean": pytest.approx(0.01), "largest": pytest.approx(0.03)
+    }  # fmt: skip
+    # The mask's change is -1, its weights add up to 1 - share: the residual is 2 - share.
+    assert (mask["mean"], mask["largest"]) == pytest.approx((2 - 0.01, 2))
 
 
 def test_nothing_to_measure(model: SegCompass, answered: tuple[Sample, Prediction]) -> None:

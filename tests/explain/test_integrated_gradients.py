@@ -68,10 +68,10 @@ class Quadratic:
         slots = Slots(heat[:, :, None], heat, queries[..., 0])
         return Alignment(slots.confidence_logits, slots)
 
-    def decode(self, keys: Tensor, alignment: Alignment, *, frames: Any, select: Any) -> Tensor:
+    def decode(self, keys: Tensor, alignment: Alignment, *, frames: Any) -> Tensor:
         del keys, frames
         assert alignment.slots is not None
-        return alignment.slots.heatmap_logits[select].repeat(1, 4, 4)
+        return alignment.slots.heatmap_logits.repeat(1, 1, 4, 4)
 
 
 def test_by_hand() -> None:
@@ -96,9 +96,12 @@ def test_weights_add_up_to_the_change(model: SegCompass, prediction: Prediction)
     inputs = head_inputs(model, prediction)
     slots = list(range(len(prediction.slot_scores)))
     confidences, masks = integrated_gradients(model.interface, inputs, slots)
-    for slot, confidence in zip(slots, confidences, strict=True):
+    for slot, confidence, mask in zip(slots, confidences, masks, strict=True):
         score = 1 / (1 + np.exp(-confidence.value))
         assert score == pytest.approx(float(prediction.slot_scores[slot]), abs=1e-5)
+        logits = prediction.low_res_logits[slot]
+        covered = logits[logits > 0] if (logits > 0).any() else logits
+        assert mask.value == pytest.approx(float(covered.mean()), rel=1e-4, abs=1e-4)
     for found in [*confidences, *masks]:
         assert found.weights.shape == tuple(prediction.codes.values.shape)
         assert abs(found.residual) <= 0.02 * max(abs(found.change), 0.01)
@@ -133,7 +136,10 @@ def test_codebook_shares(model: SegCompass, prediction: Prediction) -> None:
     assert by_hand.tolist() == pytest.approx([3 / 13, 10 / 13, 1])
 
 
-def test_nothing_changed() -> None:
+def test_residuals_by_hand() -> None:
     silent = Attribution(np.zeros(0), 1.5, 1.5)
     assert (silent.change, silent.residual, silent.residual_share) == (0, 0, 0)
     assert Attribution(np.array([0.5]), 3.0, 1.0).residual_share == 0.75
+    assert Attribution(np.array([-3.0]), 1.0, 3.0).residual_share == 0.5
+    # A change of 0.001 logits is too small to divide by: 0.01 stands in its place.
+    assert Attribution(np.zeros(1), 1.001, 1.0).residual_share == pytest.approx(0.1)

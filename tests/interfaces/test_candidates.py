@@ -73,13 +73,13 @@ def test_each_source_has_its_share_and_twins_cost_nothing() -> None:
     assert [c.sources for c in kept] == [("slot 1", "heatmap 1"), ("heatmap 2",)]
 
 
-def test_the_direct_mask_unites_the_slots_that_count() -> None:
-    prediction = make_prediction()  # confidences 0.94, 0.12, 0.81, 0.04, 0.33, 0.07
-    (found,) = direct(prediction, accept=0.5)
+def test_the_direct_mask_unites_what_the_source_accepts() -> None:
+    prediction = make_prediction()  # accepts slots 0 and 2
+    found = direct(prediction)
     assert found.slots == (0, 2) and found.sources == ("direct",)
     assert np.array_equal(found.mask, prediction.slot_masks[0] | prediction.slot_masks[2])
-    assert direct(prediction, accept=0.3)[0].slots == (0, 2, 4)
-    assert not direct(prediction, accept=0.95)[0].mask.any()
+    nothing = direct(make_prediction(accepted=np.zeros(6, dtype=bool)))
+    assert nothing.slots == () and not nothing.mask.any() and nothing.mask.shape == (256, 256)
 
 
 def test_heatmap_peaks_lie_at_cell_centres_and_not_on_the_padding() -> None:

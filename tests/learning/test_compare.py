@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from typer.testing import CliRunner
 
 from segcompass.apps.cli import app
 from segcompass.evaluation.run_log import ROWS, read_scores
-from segcompass.io.errors import ConfigError
+from segcompass.io.errors import ConfigError, DataError
 from segcompass.learning import arms, train
 from segcompass.learning.arms import load_experiment
 from segcompass.learning.compare import compare, varied
 from segcompass.learning.engine.loop import Loop
 from segcompass.model_folder import load_parts
+from segcompass.pipeline import SegCompass
 from segcompass.types import Sample
 
 ARMS: dict[str, Any] = {
@@ -128,7 +130,7 @@ def test_the_page_shows_every_answer(done: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arms, "evaluate", _interrupted)
+    monkeypatch.setattr(SegCompass, "predict_batch", _interrupted)
     monkeypatch.setattr(train, "run", _interrupted)
     rows = compare(load_experiment(done.parent / "compare.yaml"))
     assert rows == json.loads((done / "comparison.json").read_text())
@@ -180,8 +182,15 @@ def test_a_finished_model_is_judged_as_it_is(
     path = write_experiment(tmp_path, warm_config, scenes_root, arms=given)
     (row,) = compare(load_experiment(path))
     assert (row["seeds"], row["parameters"]) == (1, None)
-    figures = json.loads((tmp_path / "out/given/eval/metrics.json").read_text())
+    folder = tmp_path / "out/given"
+    figures = json.loads((folder / "eval/metrics.json").read_text())
     assert figures["threshold"] == 0.0
+    with pytest.raises(DataError, match="made with another threshold"):
+        compare(load_experiment(path, ["arms.given.eval.threshold=null"]))
+    shutil.rmtree(folder / "eval")
+    compare(load_experiment(path, ["arms.given.eval.threshold=null"]))
+    for shown in (folder / "shown").glob("*.json"):  # are given anew as well
+        assert json.loads(shown.read_text())["threshold"] == 0.5
     with pytest.raises(ConfigError, match=r"given\.yaml was another when"):
         load_experiment(path, ["arms.given.model=another"])
 

@@ -103,6 +103,41 @@ def test_a_typo_deep_inside_gets_the_key_of_that_section(
     assert f"{key}: unknown key; did you mean {meant!r}?" in complaint(tmp_path, SMALLEST, typo)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["interface=candidate_rerank", "head.head.codebook_widht=3"],
+            "head.head.codebook_widht: unknown key; did you mean 'codebook_width'?",
+        ),
+        (
+            ["interface=candidate_rerank", "head.head.mapper.head=3"],
+            "head.head.mapper.head: unknown key; did you mean 'heads'?",
+        ),
+        (
+            [
+                *("interface=candidate_rerank", "head.interface=latent_query"),
+                "head.head.confidence_widht=3",
+            ],
+            "head.head.confidence_widht: unknown key; did you mean 'confidence_width'?",
+        ),
+        (
+            ["interface=candidate_rerank", "head.scorer.prompt.slot=3"],
+            "head.scorer.prompt.slot: unknown key; did you mean 'slots'?",
+        ),
+        (
+            ["interface=text_readout", "head.canvas={sied: 3}"],
+            "head.canvas.sied: unknown key; did you mean 'side'?",
+        ),
+    ],
+)
+def test_so_does_a_typo_among_the_settings_of_an_interface(
+    overrides: list[str], told: str, tmp_path: Path
+) -> None:
+    """Whose settings they are depends on the interface that is named beside them."""
+    assert told in complaint(tmp_path, SMALLEST, *overrides)
+
+
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     message = complaint(tmp_path, SMALLEST, "sed=1", "train_joint.steps=-1")
     assert "did you mean 'seed'" in message and "train_joint.steps" in message
@@ -182,4 +217,8 @@ def test_a_scorer_and_its_interface_go_together(tmp_path: Path) -> None:
 def test_an_interface_that_there_is_not(tmp_path: Path) -> None:
     told = complaint(tmp_path, SMALLEST, "interface=concept_slot")
     assert "did you mean concept_slots?" in told
+    mistakes = ("interface=latent_qery", "head.confidence_width=3", "sed=1")
+    told = complaint(tmp_path, SMALLEST, *mistakes)
+    assert "did you mean latent_query?" in told and "did you mean 'seed'?" in told
+    assert "confidence_width" not in told  # whose settings these are cannot be known
     assert "head.codebook_widht" in complaint(tmp_path, SMALLEST, "head.codebook_widht=3")

@@ -35,7 +35,8 @@ from segcompass.learning.corpus import target_grid
 from segcompass.learning.rewards import RewardConfig, mask_score
 from segcompass.learning.rollouts import Rollouts
 from segcompass.learning.train_joint import JointStep, Questions, frozen_copy, train_joint
-from segcompass.reasoning.policy import Policy, Sequences
+from segcompass.reasoning.policy import Policy
+from segcompass.reasoning.sequences import Sequences
 from segcompass.types import ReasoningBatch
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import joint_step
+import measuring
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 def test_prints_one_json_object_with_every_row(capsys: pytest.CaptureFixture[str]) -> None:
-    joint_step.main([*SMALL, "--steps", "0", "--json"])
+    measuring.report(joint_step.measure, joint_step.parse([*SMALL, "--steps", "0", "--json"]))
     result = json.loads(capsys.readouterr().out)
     assert result["name"] == "joint_step" and result["machine"]
     rows = {row["measure"]: row for row in result["rows"]}
@@ -88,6 +89,7 @@ def test_beside_trl(capsys: pytest.CaptureFixture[str]) -> None:
     import language_step
 
     torch.manual_seed(0)
-    language_step.main([*SMALL, "--steps", "1", "--json"])
+    options = joint_step.parse([*SMALL, "--steps", "1", "--json"])
+    measuring.report(language_step.measure, options)
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["measure"] == "language_step_vs_trl" and row["ratio"] > 0

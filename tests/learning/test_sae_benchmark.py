@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import measuring
 import pytest
 import sae_train
 
@@ -16,7 +17,7 @@ def test_prints_one_json_object_with_every_row(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "sae_lens", None)  # installed or not: the plain side here
-    sae_train.main([*SMALL, "--json"])
+    measuring.report(sae_train.measure, sae_train.parse([*SMALL, "--json"]))
     result = json.loads(capsys.readouterr().out)
     assert result["name"] == "sae_train" and result["machine"]
     assert result["settings"]["baseline"] == "plain dense formulation"

@@ -1,7 +1,8 @@
-"""The scorer's stage: what candidates deserve, balanced draws, and a run killed and resumed."""
+"""The scorer's stage: balanced draws, the margin it finds, and a run killed and resumed."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,37 +12,17 @@ import pytest
 import torch
 from recipes import stage, write_config
 from safetensors.torch import load_file
-from tiny import policy_config
 
 from segcompass import SegCompass
 from segcompass.interfaces.candidate_rerank import CandidateRerank
 from segcompass.io.errors import ConfigError
-from segcompass.io.masks import encode
 from segcompass.learning import train
 from segcompass.learning.config import load_config
 from segcompass.learning.engine.loop import Loop
-from segcompass.learning.train_scorer import balanced_indices, deserved, source_of
-from segcompass.reasoning.prompts import PromptConfig
-from segcompass.types import Rle, Sample
+from segcompass.learning.train_scorer import balanced_indices, source_of
+from segcompass.reasoning.scorer import PolicyScorer
 
 SCORER = "scorer/model.safetensors"
-
-
-def columns(*numbers: int) -> Rle:
-    mask = np.zeros((3, 9), dtype=bool)
-    mask[:, list(numbers)] = True
-    return encode(mask)
-
-
-def test_what_candidates_deserve_by_hand() -> None:
-    sample = Sample("s", Path("a.jpg"), 1, (3, 9), "it", (columns(0, 1), columns(2, 3)))
-    found = [columns(0, 1, 2, 3), columns(0, 1, 2), columns(3), columns(3, 4, 5), columns(8)]
-    # 9 x 1, 3/4 (6.75), 1/4 (2.25), 1/6 (1.5 is rounded up), 0
-    assert deserved(sample, found) == [9, 7, 2, 2, 0]
-    nothing = Sample("s", Path("a.jpg"), 1, (3, 9), "it", ())
-    assert deserved(nothing, found[:1]) == [0]
-    ignoring = Sample("s", Path("a.jpg"), 1, (3, 9), "it", sample.targets, ignore=columns(3, 4, 5))
-    assert deserved(ignoring, [columns(0, 1, 2, 4)]) == [9]
 
 
 def test_every_score_is_drawn_about_equally_often_and_by_step_alone() -> None:
@@ -57,14 +38,10 @@ def test_every_score_is_drawn_about_equally_often_and_by_step_alone() -> None:
 
 def recipe(folder: Path, data: Path, start: Path | None, **changes: Any) -> Path:
     """A config of the scorer's stage alone."""
-    use = policy_config("qwen2_5_vl", max_new_tokens=80)
-    prompt = PromptConfig(template=use.prompt.template, form="score")
     sources = ["direct", "slot", "heatmap"]
-    head = {
-        "scorer": use.model_copy(update={"prompt": prompt}).model_dump(),
-        "candidates": {"accept": 0.0, "sources": sources, "best_of_three": False},
-    }
-    scorer = stage(samples=5, together=2, start=None if start is None else str(start))
+    head = {"candidates": {"sources": sources, "best_of_three": False}}
+    start_at = None if start is None else str(start)
+    scorer = stage(samples=5, together=2, held_out=0.4, start=start_at)
     changes = {"interface": "candidate_rerank", "head": head, "train_scorer": scorer, **changes}
     return write_config(folder, data, **changes)
 
@@ -93,27 +70,54 @@ def test_the_judge_has_learned_and_the_source_is_as_it_was(
     assert model.predict(image, "the red mug").candidates is not None
 
 
+def test_the_margin_is_saved_with_the_model_and_the_source_stands(finished: Path) -> None:
+    told = json.loads((finished / "stages/scorer/margin.json").read_text())
+    model = SegCompass.from_pretrained(finished / "model", device="cpu")
+    assert isinstance(model.interface, CandidateRerank)
+    # Two questions apart are too few to show that a judge of four steps is worth anything.
+    assert (told["questions"], told["given"], told["margin"]) == (2, False, 1.0)
+    assert model.interface.config.margin == 1.0
+    assert 0 <= told["source"] == told["chosen"] <= told["best_candidate"] <= 1
+    image = np.random.default_rng(0).integers(0, 256, (48, 56, 3), dtype=np.uint8)
+    mine = model.predict(image, "the red mug", threshold=0.4)
+    source = SegCompass(model.policy, model.encoder, model.interface.source)
+    plain = source.predict(image, "the red mug", threshold=0.4)
+    assert np.array_equal(mine.slot_masks, plain.slot_masks)
+    assert np.array_equal(mine.slot_scores, plain.slot_scores) and mine.status == plain.status
+
+
+def test_a_margin_that_is_given_wins(scenes_root: Path, tiny_model: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, scenes_root, tiny_model)
+    train.run("scorer", path, ["head.margin=0.25", "train_scorer.steps=1"], resume=False)
+    told = json.loads((tmp_path / "run/stages/scorer/margin.json").read_text())
+    assert (told["margin"], told["given"]) == (0.25, True)
+    bound = json.loads((tmp_path / "run/model/segcompass.json").read_text())["config"]
+    assert bound["head"]["margin"] == 0.25
+
+
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
     finished: Path, scenes_root: Path, tiny_model: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     path = recipe(tmp_path, scenes_root, tiny_model)
-    run = tmp_path / "run"
+    folder, whole = tmp_path / "run/stages/scorer", finished / "stages/scorer"
     with monkeypatch.context() as patch:  # while candidates are collected …
         patch.setattr(SegCompass, "predict_batch", _fails_after(2, SegCompass.predict_batch))
         with pytest.raises(KeyboardInterrupt):
             train.run("scorer", path, [], resume=False)
-    candidates = run / "stages/scorer/candidates.jsonl"
-    whole = candidates.read_text()
-    assert len(whole.splitlines()) == 1 + 4
-    candidates.write_text(whole + '{"sample": "torn')
-    with monkeypatch.context() as patch:  # … and while the judge learns
-        patch.setattr(Loop, "save", _fails_after(1, Loop.save))
-        with pytest.raises(KeyboardInterrupt):
-            train.run("scorer", path, [], resume=True)
+    part = folder / "candidates.rank0.jsonl"
+    assert len(part.read_text().splitlines()) == 4
+    with part.open("a") as file:
+        file.write('{"index": 4, "sample": "torn')
+    for kind, name in ((Loop, "save"), (PolicyScorer, "score")):  # … the judge learns, and judges
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, _fails_after(1, getattr(kind, name)))
+            with pytest.raises(KeyboardInterrupt):
+                train.run("scorer", path, [], resume=True)
     train.run("scorer", path, [], resume=True)
-    assert candidates.read_text() == (finished / "stages/scorer/candidates.jsonl").read_text()
-    mine, other = (load_file(folder / "model" / SCORER) for folder in (run, finished))
+    for name in ("candidates.jsonl", "margin.json"):
+        assert (folder / name).read_text() == (whole / name).read_text()
+    mine, other = (load_file(run / "model" / SCORER) for run in (tmp_path / "run", finished))
     assert all(torch.equal(mine[name], other[name]) for name in other)
 
 

@@ -21,9 +21,24 @@ def records(scenes_root: Path) -> list[ImageRecord]:
     return read_images(scenes_root, "train")[:2]
 
 
+def rngs() -> list[random.Random]:
+    """One for each of the two pictures."""
+    return [random.Random(0), random.Random(1)]
+
+
+def test_a_picture_is_prompted_alike_in_any_batch(records: list[ImageRecord]) -> None:
+    """What lets several processes take the steps of one."""
+    decoder = MaskDecoder(tiny_sam())
+    _, together, targets = _prompts(records, decoder, 3, rngs(), side=64)
+    _, alone, target = _prompts(records[1:], decoder, 3, rngs()[1:], side=64)
+    assert torch.equal(targets[3:], target)
+    for kind, prompts in alone.items():
+        torch.testing.assert_close(together[kind][3:], prompts)
+
+
 def test_prompts_are_about_their_targets(records: list[ImageRecord]) -> None:
     decoder = MaskDecoder(tiny_sam())
-    rows, prompts, targets = _prompts(records, decoder, 3, random.Random(0), side=64)
+    rows, prompts, targets = _prompts(records, decoder, 3, rngs(), side=64)
     assert rows.tolist() == [0, 0, 0, 1, 1, 1]
     assert targets.shape == prompts["masks"].shape == (6, 32, 32)
     for m, row in enumerate(rows.tolist()):
@@ -42,6 +57,6 @@ def test_prompts_are_about_their_targets(records: list[ImageRecord]) -> None:
 
 def test_pictures_with_few_things_give_what_they_have(records: list[ImageRecord]) -> None:
     decoder = MaskDecoder(tiny_sam())
-    rows, _, targets = _prompts(records, decoder, 99, random.Random(0), side=64)
+    rows, _, targets = _prompts(records, decoder, 99, rngs(), side=64)
     wanted = [row for row, record in enumerate(records) for _ in record.masks]
     assert rows.tolist() == wanted and len(targets) == len(wanted)

@@ -12,11 +12,13 @@ from tiny import policy_config, tiny_qwen_policy
 from segcompass.data.samples import read_dataset
 from segcompass.io.images import load_image
 from segcompass.learning.corpus import DENSE_TARGETS, IGNORED
+from segcompass.learning.engine.distributed import World
 from segcompass.learning.train_warmup import DenseHeads, answer_losses
 from segcompass.reasoning.loading import load_policy
 from segcompass.types import TokenKind
 
 CELLS = 4
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def uniform_heads() -> DenseHeads:
@@ -29,7 +31,7 @@ def uniform_heads() -> DenseHeads:
 
 def test_dense_loss_by_hand() -> None:
     targets = {name: torch.zeros(CELLS, dtype=torch.long) for name in DENSE_TARGETS}
-    found = uniform_heads().losses(torch.randn(CELLS, 3), targets, background=0.15)
+    found = uniform_heads().losses(torch.randn(CELLS, 3), targets, 0.15, ALONE)
     assert found["loss"].item() == pytest.approx(sum(map(math.log, DENSE_TARGETS.values())))
     assert found["acc_here_colour"].item() == 1  # class 0 is the first of equals
 
@@ -43,7 +45,7 @@ def test_empty_cells_weigh_less() -> None:
     targets = {name: torch.full((CELLS,), IGNORED) for name in DENSE_TARGETS}
     nothing = DENSE_TARGETS["here_category"] - 1
     targets["here_category"] = torch.tensor([0, nothing, nothing, nothing])
-    found = heads.losses(torch.zeros(CELLS, 3), targets, background=0.1)
+    found = heads.losses(torch.zeros(CELLS, 3), targets, 0.1, ALONE)
     assert found["loss"].item() == pytest.approx((thing + 0.3 * half) / 1.3)
     assert found["acc_here_category"].item() == 0  # judged where something is, and it said nothing
 
@@ -51,7 +53,7 @@ def test_empty_cells_weigh_less() -> None:
 def test_a_batch_without_any_such_cell_has_a_loss() -> None:
     heads = uniform_heads()
     targets = {name: torch.full((CELLS,), IGNORED) for name in DENSE_TARGETS}
-    loss = heads.losses(torch.randn(CELLS, 3), targets, background=0.1)["loss"]
+    loss = heads.losses(torch.randn(CELLS, 3), targets, 0.1, ALONE)["loss"]
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == 0
 

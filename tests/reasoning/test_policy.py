@@ -15,7 +15,8 @@ from torch import Tensor
 from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.forced_form import ForcedForm
 from segcompass.reasoning.loading import load_policy
-from segcompass.reasoning.policy import Generation, Policy, Sequences
+from segcompass.reasoning.policy import Generation, Policy
+from segcompass.reasoning.sequences import Sequences
 from segcompass.types import Status, TokenKind
 
 SIZES = ((40, 90), (64, 48), (33, 33))

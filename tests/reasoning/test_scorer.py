@@ -62,16 +62,19 @@ def test_scores_are_those_of_a_plain_pass_over_the_same_answer(
 
 def test_batches_change_nothing(judge: Policy, pictures: list[np.ndarray]) -> None:
     with answers_of(6):
-        alone = PolicyScorer(judge, batch=1).score(pictures, ASKED)
-        together = PolicyScorer(judge, batch=3).score(pictures, ASKED)
+        alone = PolicyScorer(judge, together=1).score(pictures, ASKED)
+        together = PolicyScorer(judge, together=3).score(pictures, ASKED)
     assert [s.value for s in alone] == pytest.approx([s.value for s in together], abs=1e-4)
     assert len({round(s.value, 6) for s in alone}) == 3
 
 
 def test_a_malformed_judgement_scores_nothing_and_says_so(
-    judge: Policy, pictures: list[np.ndarray]
+    judge: Policy, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (found,) = PolicyScorer(judge, force_form=False).score(pictures[:1], ASKED[:1])
+    free = judge.generate([judge.backbone.prepare(pictures[0])], ASKED[:1], force_form=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "generate", lambda *_, **__: free)
+        (found,) = PolicyScorer(judge).score(pictures[:1], ASKED[:1])
     assert found.value == 0
     assert found.status in (Status.MALFORMED, Status.TRUNCATED)
     assert PolicyScorer(judge).score([], []) == []

@@ -181,7 +181,9 @@ def _jobs(
 def train(
     stage: Annotated[
         Stage,
-        typer.Argument(help="What to train; all: the four in order; plan: what joint would take."),
+        typer.Argument(
+            help="What to train; all: all that CONFIG has; plan: what joint would take."
+        ),
     ],
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", exists=True, dir_okay=False)],
     overrides: Annotated[
@@ -199,9 +201,21 @@ def train(
     if stage is Stage.PLAN:
         _show_plan(config, overrides or [], gpus, memory, as_json)
         return
+    _side_by_side(config, overrides or [])
     from segcompass.learning.train import run
 
     run(stage.value, config, overrides or [], resume)
+
+
+def _side_by_side(config: Path, overrides: list[str]) -> None:
+    """Start this command again as several processes, where the config asks for them."""
+    from segcompass.learning.config import load_config
+    from segcompass.learning.engine.launch import launch, wanted_ranks
+
+    ranks = wanted_ranks(load_config(config, overrides).processes)
+    if ranks > 1:
+        command = [sys.executable, "-m", "segcompass", *sys.argv[1:]]
+        raise typer.Exit(launch(command, ranks))
 
 
 def _show_plan(config: Path, overrides: list[str], gpus: int, memory: float, as_json: bool) -> None:

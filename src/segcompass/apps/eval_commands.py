@@ -14,12 +14,16 @@ import typer
 from segcompass.apps import console
 from segcompass.apps.options import (
     AsJson,
+    BatchSize,
+    DataFolder,
+    DataLayout,
     Device,
     Dtype,
-    Layout,
+    Limit,
     Model,
     Paths,
     Revision,
+    Split,
     Threshold,
     load,
 )
@@ -59,24 +63,20 @@ class Benchmark(StrEnum):
 @app.command("eval")
 def evaluate(
     context: typer.Context,
-    data: Annotated[Path, typer.Option(help="Folder of the data set.")],
-    split: Annotated[str, typer.Option(help="train, val, test, testA or testB.")],
+    data: DataFolder,
+    split: Split,
     model: Model = "nano",
     predictions: Annotated[
         Path | None,
         typer.Option(help="Judge this file instead: JSONL of ours, or COCO results."),
     ] = None,
-    layout: Annotated[
-        Layout | None, typer.Option(help="Default: found out from the files.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many samples.")
-    ] = None,
+    layout: DataLayout = None,
+    limit: Limit = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for rows, figures and samples.html; a later run goes on there."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 32,
+    batch_size: BatchSize = 32,
     control: Annotated[
         Control | None, typer.Option(help="Give another picture's question, or another picture.")
     ] = None,

@@ -12,11 +12,15 @@ import typer
 from segcompass.apps import console
 from segcompass.apps.options import (
     AsJson,
+    BatchSize,
+    DataFolder,
+    DataLayout,
     Device,
     Dtype,
-    Layout,
+    Limit,
     Model,
     Revision,
+    Split,
     Threshold,
     load,
 )
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from segcompass.types import Prediction, Sample
 
 app = typer.Typer()
+FAITHFULNESS = ("top_tenth", "single_concept", "named_concepts", "residual")  # that are printed
 
 Source = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="A picture, or the JSON that predict --out wrote.")
@@ -42,16 +47,12 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the files; made if it
 
 @app.command()
 def analyze(
-    data: Annotated[Path, typer.Option(help="Folder of the data set.")],
+    data: DataFolder,
     out: Annotated[Path, typer.Option(help="Folder for figures, tables and summary.json.")],
-    split: Annotated[str, typer.Option(help="train, val, test, testA or testB.")] = "val",
+    split: Split = "val",
     model: Model = "nano",
-    layout: Annotated[
-        Layout | None, typer.Option(help="Default: found out from the files.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many samples.")
-    ] = None,
+    layout: DataLayout = None,
+    limit: Limit = None,
     cards: Annotated[
         bool, typer.Option("--cards", help="Also describe every live concept: concepts.html.")
     ] = False,
@@ -62,7 +63,7 @@ def analyze(
         Path | None,
         typer.Option(help="Folder of answers: those there are read, new ones are written."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 16,
+    batch_size: BatchSize = 16,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -102,6 +103,9 @@ def analyze(
     else:
         lines = [{"figure": name, **console.row(f)} for name, f in _captions(summary).items()]
         console.print_table(lines)
+        if faithfulness:
+            shown = {name: summary["faithfulness"][name] for name in FAITHFULNESS}
+            console.print_table(console.listing(shown))
         print(out / "summary.json")
 
 
@@ -157,6 +161,8 @@ def _write_faithfulness(
     (out / "faithfulness.json").write_text(text, encoding="utf-8")
     write_csv(out / "faithfulness.csv", result["rows"])
     write_csv(out / "thought_consistency.csv", result["thoughts"]["rows"])
+    residuals = [{"scalar": name} | figures for name, figures in result["residual"].items()]
+    write_csv(out / "residuals.csv", residuals)
     return {name: value for name, value in result.items() if name != "rows"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,6 +35,13 @@ class Layout(StrEnum):
     GREFCOCO = "grefcoco"
     REASONSEG = "reasonseg"
     PARQUET = "parquet"
+
+
+DataFolder = Annotated[Path, typer.Option(help="Folder of the data set.")]
+DataLayout = Annotated[Layout | None, typer.Option(help="Default: found out from the files.")]
+Split = Annotated[str, typer.Option(help="train, val, test, testA or testB.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples at a time.")]
 
 
 class Paths(StrEnum):

@@ -1,7 +1,7 @@
 """The web page (extra ``web``): ask, watch the thought being written, look at the way, change it.
 
 Gradio carries pictures, queue and downloads; what an answer looks like is ``web_frames.py``, what
-happens behind it ``web_desk.py``. The page asks nothing of any other machine.
+happens behind it ``web_desk.py``, and what the browser may load ``web_guard.py``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from segcompass.apps import web_frames as frames
 from segcompass.apps.runs import demo_jobs
 from segcompass.apps.web_desk import Answer, Desk
+from segcompass.apps.web_guard import Guard
 from segcompass.io.assets import MissingAssetError
 from segcompass.io.errors import SegCompassError
 from segcompass.types import Prediction
@@ -34,27 +35,11 @@ except ImportError as error:
         f"the web page needs gradio ({error}); install it with: pip install 'segcompass[web]'"
     ) from error
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 LOOPBACK = ("127.0.0.1", "localhost")
 LONGEST_INSTRUCTION = 2000  # characters; the policy has its own limit in tokens
 KEPT = 3600  # seconds that pictures and answers are kept after their last use
 EXPECTED = (SegCompassError, ValueError, TimeoutError)  # errors that are told to whoever asked
 
-# Gradio's own page runs inline scripts and builds functions from text. Whatever it loads comes from
-# here: no outside font, script, picture or connection.
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-    "connect-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
-    "form-action 'self'; frame-ancestors 'self'"
-)
-_HEADERS = {
-    "content-security-policy": _POLICY,
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
 _FRAME_JS = """
 window.addEventListener("message", ({ source, data }) => {
   if (source !== element.querySelector("iframe")?.contentWindow) return;
@@ -67,128 +52,132 @@ watch("value", () => props.value && element.scrollIntoView({ block: "nearest" })
 """
 
 
-class Guard:
-    """Adds the page's content policy to every response."""
+class Page:
+    """What is on the page, and what its buttons do; made inside of ``gr.Blocks``."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and its response with the headers."""
-
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-                message["headers"] = [*message["headers"], *headers]
-            await send(message)
-
-        await self.app(scope, receive, guarded)
-
-
-def build(desk: Desk) -> gr.Blocks:
-    """Lay out the page and connect it with the desk."""
-    jobs = demo_jobs()
-    page = gr.Blocks(title="SegCompass", analytics_enabled=False, delete_cache=(KEPT, KEPT))
-    with page:
-        answer = gr.State(None, time_to_live=KEPT, delete_callback=_forget)
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.answer = gr.State(None, time_to_live=KEPT, delete_callback=_forget)
         gr.HTML(_text("masthead.html"), elem_classes="top")
-        with gr.Row(elem_classes="asking"):
-            picture = gr.Image(
-                str(jobs[0].source),
-                label="Picture",
-                type="filepath",
-                sources=["upload", "clipboard"],
-                height=340,
-                buttons=[],
-            )
-            with gr.Column():
-                instruction = gr.Textbox(
-                    jobs[0].instruction,
-                    label="Instruction",
-                    info="What to find, in your own words.",
-                    max_length=LONGEST_INSTRUCTION,
-                    lines=2,
-                )
-                with gr.Row():
-                    ask = gr.Button("Find it", variant="primary")
-                    stop = gr.Button("Stop", variant="secondary")
-                gr.Examples(
-                    [[str(job.source), job.instruction] for job in jobs],
-                    [picture, instruction],
-                    label="Examples",
-                    example_labels=[job.instruction for job in jobs],
-                    api_visibility="private",
-                )
-        said = gr.HTML(elem_classes="said")
-        shown = gr.HTML(elem_classes="frame", js_on_load=_FRAME_JS + _INTO_VIEW_JS)
-        compared = gr.HTML(elem_classes="frame", js_on_load=_FRAME_JS + _INTO_VIEW_JS)
-        with gr.Column(visible=False, elem_classes="downloads") as downloads:
-            kept = gr.File(label="Downloads", file_count="multiple", interactive=False)
+        self.picture, self.instruction, self.ask, self.stop = _question()
+        self.said = gr.HTML(elem_classes="said")
+        self.shown = gr.HTML(elem_classes="frame", js_on_load=_FRAME_JS + _INTO_VIEW_JS)
+        self.compared = gr.HTML(elem_classes="frame", js_on_load=_FRAME_JS + _INTO_VIEW_JS)
+        with gr.Column(visible=False, elem_classes="downloads") as self.downloads:
+            self.kept = gr.File(label="Downloads", file_count="multiple", interactive=False)
 
-        def find(upload: dict[str, Any] | None, text: str | None) -> Iterator[dict[Any, Any]]:
-            yield {
-                said: frames.note("Reading the picture …", busy=True),
-                compared: "",
-                downloads: gr.Column(visible=False),
-            }
-            if upload is None:
-                yield {said: frames.note("Choose a picture first: upload one, or take an example.")}
-                return
-            try:
-                yield from found(desk.uploaded(upload.get("path")), text or "")
-            except EXPECTED as error:
-                yield {said: frames.problem(error)}
-
-        def found(path: Path, text: str) -> Iterator[dict[Any, Any]]:
-            for word in desk.ask(path, text):
-                if isinstance(word, Prediction):
-                    yield from explained(word)
-                else:
-                    yield {said: frames.thinking(word)}
-
-        def explained(prediction: Prediction) -> Iterator[dict[Any, Any]]:
-            verdict = frames.verdict(prediction)
-            traceable = frames.can_be_changed(prediction)
-            after = "Tracing which concepts made it" if traceable else "Saving it"
-            yield {
-                said: frames.note(f"{verdict} {after} …", busy=True),
-                shown: frames.answer_frame(prediction),
-            }
-            finished, traced = desk.keep(prediction), desk.trace(prediction)
-            yield {
-                said: frames.note(verdict),
-                shown: frames.answer_frame(prediction, traced) if traced else gr.skip(),
-                answer: finished,
-                kept: [str(path) for path in finished.files],
-                downloads: gr.Column(visible=True),
-            }
-
-        def change(finished: Answer | None, event: gr.EventData) -> dict[Any, Any]:
-            try:
-                if finished is None:
-                    raise ValueError("this answer is no longer kept; ask again")
-                return {
-                    compared: frames.comparison_frame(desk.change(finished.prediction, event.edits))
-                }
-            except EXPECTED as error:
-                return {said: frames.problem(error)}
-
+    def connect(self) -> None:
+        """Let the buttons do it; the model answers one at a time, and can always be stopped."""
         only_one = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         asked = gr.on(
-            [ask.click, instruction.submit],
-            find,
-            [picture, instruction],
-            [said, shown, compared, downloads, answer, kept],
+            [self.ask.click, self.instruction.submit],
+            self.find,
+            [self.picture, self.instruction],
+            [self.said, self.shown, self.compared, self.downloads, self.answer, self.kept],
             show_progress="hidden",
             preprocess=False,  # gradio would open the picture with every decoder that Pillow has
             **only_one,
         )
         alone: dict[str, Any] = {"api_visibility": "private", "queue": False}
-        stopped = stop.click(None, cancels=[asked], **alone)
+        stopped = self.stop.click(None, cancels=[asked], **alone)
         # Not before its last word.
-        stopped.then(lambda: frames.note("Stopped."), None, said, **alone)
-        shown.rerun(change, [answer], [compared, said], show_progress="minimal", **only_one)
-    return page
+        stopped.then(lambda: frames.note("Stopped."), None, self.said, **alone)
+        self.shown.rerun(
+            self.change,
+            [self.answer],
+            [self.compared, self.said],
+            show_progress="minimal",
+            **only_one,
+        )
+
+    def find(self, upload: dict[str, Any] | None, text: str | None) -> Iterator[dict[Any, Any]]:
+        """Answer a question, and tell on the way how far it is."""
+        yield {
+            self.said: frames.note("Reading the picture …", busy=True),
+            self.compared: "",
+            self.downloads: gr.Column(visible=False),
+        }
+        if upload is None:
+            told = frames.note("Choose a picture first: upload one, or take an example.")
+            yield {self.said: told}
+            return
+        try:
+            for word in self.desk.ask(self.desk.uploaded(upload.get("path")), text or ""):
+                if isinstance(word, Prediction):
+                    yield from self._explained(word)
+                else:
+                    yield {self.said: frames.thinking(word)}
+        except EXPECTED as error:
+            yield {self.said: frames.problem(error)}
+
+    def _explained(self, prediction: Prediction) -> Iterator[dict[Any, Any]]:
+        """The answer at once; what it was made of, and its files, when they are there."""
+        verdict = frames.verdict(prediction)
+        traceable = frames.can_be_changed(prediction)
+        after = "Tracing which concepts made it" if traceable else "Saving it"
+        yield {
+            self.said: frames.note(f"{verdict} {after} …", busy=True),
+            self.shown: frames.answer_frame(prediction),
+        }
+        finished, traced = self.desk.keep(prediction), self.desk.trace(prediction)
+        yield {
+            self.said: frames.note(verdict),
+            self.shown: frames.answer_frame(prediction, traced) if traced else gr.skip(),
+            self.answer: finished,
+            self.kept: [str(path) for path in finished.files],
+            self.downloads: gr.Column(visible=True),
+        }
+
+    def change(self, finished: Answer | None, event: gr.EventData) -> dict[Any, Any]:
+        """Run the head again with the concepts changed, and compare."""
+        try:
+            if finished is None:
+                raise ValueError("this answer is no longer kept; ask again")
+            changed = self.desk.change(finished.prediction, event.edits)
+            return {self.compared: frames.comparison_frame(changed)}
+        except EXPECTED as error:
+            return {self.said: frames.problem(error)}
+
+
+def _question() -> tuple[gr.Image, gr.Textbox, gr.Button, gr.Button]:
+    """Where a question is put: picture, instruction, and buttons to ask and to stop."""
+    jobs = demo_jobs()
+    with gr.Row(elem_classes="asking"):
+        picture = gr.Image(
+            str(jobs[0].source),
+            label="Picture",
+            type="filepath",
+            sources=["upload", "clipboard"],
+            height=340,
+            buttons=[],
+        )
+        with gr.Column():
+            instruction = gr.Textbox(
+                jobs[0].instruction,
+                label="Instruction",
+                info="What to find, in your own words.",
+                max_length=LONGEST_INSTRUCTION,
+                lines=2,
+            )
+            with gr.Row():
+                ask = gr.Button("Find it", variant="primary")
+                stop = gr.Button("Stop", variant="secondary")
+            gr.Examples(
+                [[str(job.source), job.instruction] for job in jobs],
+                [picture, instruction],
+                label="Examples",
+                example_labels=[job.instruction for job in jobs],
+                api_visibility="private",
+            )
+    return picture, instruction, ask, stop
+
+
+def build(desk: Desk) -> gr.Blocks:
+    """Lay out the page and connect it with the desk."""
+    blocks = gr.Blocks(title="SegCompass", analytics_enabled=False, delete_cache=(KEPT, KEPT))
+    with blocks:
+        Page(desk).connect()
+    return blocks
 
 
 def serve(

@@ -13,7 +13,7 @@ from segcompass.apps.pages import render, visible
 from segcompass.apps.report import card
 from segcompass.explain.intervene import Edit, Intervention
 from segcompass.explain.provenance import SlotProvenance, token_label
-from segcompass.interfaces.concept_slots import ConceptSlots
+from segcompass.interfaces.registry import find
 from segcompass.io.outputs import slot_colour
 from segcompass.io.readings import code_matrix
 from segcompass.types import Prediction, Status, given
@@ -42,7 +42,7 @@ class Listing(NamedTuple):
 
 def can_be_changed(prediction: Prediction) -> bool:
     """Whether the answer's concepts can be traced, and the head run again without some of them."""
-    return prediction.interface == ConceptSlots.name
+    return find(prediction.interface).has_concepts
 
 
 def answer_frame(prediction: Prediction, traced: Sequence[SlotProvenance] = ()) -> str:

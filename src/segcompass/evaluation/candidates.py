@@ -1,7 +1,8 @@
 """How good a choice among candidates was: against the best there was, and against each source.
 
 Source: the oracle upper bound is what a perfect judge would reach with the same candidates. Where
-nothing is to be found it rejects them all, as ours may; IoU by the gRefCOCO rules (``scoring``).
+nothing is to be found it rejects them all, as the source may; IoU by the gRefCOCO rules
+(``scoring``).
 """
 
 from __future__ import annotations

@@ -36,8 +36,9 @@ class Trial:
     image_id: int
     curves: Float[np.ndarray, "curves orders shares measures"]
     alone: Float[np.ndarray, "counts measures"]  # the first few concepts by attribution
+    residuals: Float[np.ndarray, "slots 2"]  # of confidence and mask, as shares of their change
     slot_changed: tuple[bool, ...]  # accepted slots, each without its own first concept
-    named_changed: bool | None  # without the concepts that name the target; None: none fires
+    named_changed: tuple[bool, bool] | None  # as of `without_named`
 
 
 class Surgery:
@@ -77,6 +78,19 @@ class Surgery:
         agreement = overlap(mask, answer_mask(self.prediction))
         return score.iou, agreement, float(found.slot_scores[self.prediction.accepted].mean())
 
+    def without_named(self, named: Sequence[int], rng: Generator) -> tuple[bool, bool] | None:
+        """Whether the answer changes without some concepts, and without as many drawn at random.
+
+        Returns:
+            Whether agreement falls below :data:`CHANGED`; None where none of the concepts fires.
+        """
+        present = np.intersect1d(self.active, np.asarray(named, dtype=int))
+        if not len(present):
+            return None
+        drawn = rng.choice(self.active, len(present), replace=False)
+        named_agrees, drawn_agrees = (self.measures(p)[1] for p in self.drop([present, drawn]))
+        return named_agrees < CHANGED, drawn_agrees < CHANGED
+
     def curves(self, order: Order) -> Float[np.ndarray, "curves shares measures"]:
         """Delete, then insert, the first concepts of an order, a share at a time."""
         counts = [round(share * len(order)) for share in SHARES]
@@ -113,17 +127,16 @@ def try_out(
     drawn = [surgery.curves(rng.permutation(surgery.active)) for _ in range(draws)]
     by_activation = surgery.curves(_ranked(activation, surgery.active))
     without_own = surgery.drop([_ranked(slot, surgery.active)[:1] for slot in weights])
-    present = np.intersect1d(surgery.active, np.asarray(named or [], dtype=int))
-    without_named = surgery.drop([present])[0]
     return Trial(
         image_id=sample.image_id,
         curves=np.stack([surgery.curves(first), by_activation, np.mean(drawn, axis=0)], axis=1),
         alone=np.array([surgery.measures(p) for p in surgery.keep([first[:n] for n in COUNTS])]),
+        residuals=np.array([[s.confidence.residual_share, s.mask.residual_share] for s in slots]),
         slot_changed=tuple(
             _changed(prediction, after, slot.slot)
             for slot, after in zip(slots, without_own, strict=True)
         ),
-        named_changed=surgery.measures(without_named)[1] < CHANGED if len(present) else None,
+        named_changed=surgery.without_named(named or [], rng),
     )
 
 

@@ -70,10 +70,11 @@ def faithfulness(
         "areas": _areas(trials, seed),
         "top_tenth": {MEASURES[m]: _top_tenth(trials, seed, m) for m in (IOU, AGREEMENT)},
         "sufficiency": _sufficiency(trials, seed),
-        "single_concept": _share_changed([flag for t in trials for flag in t.slot_changed]),
-        "named_concepts": _share_changed(
+        "single_concept": _single_concept([flag for t in trials for flag in t.slot_changed]),
+        "named_concepts": _named_concepts(
             [t.named_changed for t in trials if t.named_changed is not None]
         ),
+        "residual": _residual(np.concatenate([trial.residuals for trial in trials])),
         "thoughts": thoughts.result(seed),
     }
 
@@ -144,10 +145,25 @@ def _sufficiency(trials: Sequence[Trial], seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _share_changed(flags: Sequence[bool]) -> dict[str, Any] | None:
+def _single_concept(flags: Sequence[bool]) -> dict[str, Any]:
+    """How many masks change without the one concept that their slot's attribution puts first."""
+    return {"judged": len(flags), "changed": float(np.mean(flags))}
+
+
+def _named_concepts(flags: Sequence[tuple[bool, bool]]) -> dict[str, Any] | None:
+    """How many answers change without the concepts that name their target, or random ones."""
     if not flags:
         return None
-    return {"judged": len(flags), "changed": float(np.mean(flags))}
+    changed, at_random = np.mean(flags, axis=0).tolist()
+    return {"judged": len(flags), "changed": changed, "changed_at_random": at_random}
+
+
+def _residual(shares: Float[np.ndarray, "slots 2"]) -> dict[str, dict[str, Any]]:
+    """What the attributions do not add up to, as a share of the change, over all slots."""
+    return {
+        scalar: {"slots": len(own), "mean": float(own.mean()), "largest": float(own.max())}
+        for scalar, own in zip(("confidence", "mask"), shares.T, strict=True)
+    }
 
 
 def _interval(

@@ -54,17 +54,14 @@ class Attribution:
 
     @property
     def residual_share(self) -> float:
-        """The residual as a share of the change, >= 0; infinite where nothing changed."""
-        if self.residual == 0:
-            return 0.0
-        return abs(self.residual / self.change) if self.change else float("inf")
+        """The residual as a share of the change, >= 0; of :data:`NEGLIGIBLE` where that is more."""
+        return abs(self.residual) / max(abs(self.change), NEGLIGIBLE)
 
 
 class _Panel(NamedTuple):
     start: float
     end: float
     weights: Float[Tensor, "n nnz"]
-    values: Float[Tensor, "n"]  # the scalars at ``end``
     errors: Float[Tensor, "n"]
 
 
@@ -87,7 +84,7 @@ def integrated_gradients(
     path = _Path(interface, inputs, slots)
     first, last = path.values(0.0), path.values(1.0)
     allowed = TOLERANCE * (last - first).abs().clamp(min=NEGLIGIBLE)
-    panels = _until_complete(path, first, allowed)
+    panels = _until_complete(path, allowed)
     weights = torch.stack([panel.weights for panel in panels]).sum(0).cpu().numpy()
     found = [
         Attribution(row, float(value), float(baseline))
@@ -96,25 +93,16 @@ def integrated_gradients(
     return found[: len(slots)], found[len(slots) :]
 
 
-def _until_complete(
-    path: _Path, first: Float[Tensor, "n"], allowed: Float[Tensor, "n"]
-) -> list[_Panel]:
+def _until_complete(path: _Path, allowed: Float[Tensor, "n"]) -> list[_Panel]:
     """Panels over [0, 1] whose errors stay within what is allowed, or as many as may be."""
-    panels: list[_Panel] = []
-    before = first
-    for start, end in pairwise(EDGES):
-        panels.append(path.panel(start, end, before))
-        before = panels[-1].values
-    starts = {panel.end: panel.values for panel in panels} | {0.0: first}
+    panels = [path.panel(start, end) for start, end in pairwise(EDGES)]
     while len(panels) < MOST_PANELS:
         errors = torch.stack([panel.errors.abs() for panel in panels]) / allowed  # (panels, n)
         if (errors.sum(0) <= 1).all():
             break
         worst = panels.pop(int(errors.amax(1).argmax()))
         middle = (worst.start + worst.end) / 2
-        left = path.panel(worst.start, middle, starts[worst.start])
-        starts[middle] = left.values
-        panels += [left, path.panel(middle, worst.end, left.values)]
+        panels += [path.panel(worst.start, middle), path.panel(middle, worst.end)]
     return panels
 
 
@@ -124,6 +112,7 @@ class _Path:
     def __init__(self, interface: ConceptSlots, inputs: HeadInputs, slots: Sequence[int]) -> None:
         self.interface, self.inputs = interface, inputs
         self.slots = torch.tensor(list(slots), device=inputs.keys.device)
+        self._known: dict[float, Tensor] = {}  # values: panels share their ends
         with torch.no_grad():
             self.y = interface.codebook.embed(inputs.codes)  # (L, C)
             _, low_res = self._run(self.y.expand(len(slots), -1, -1))
@@ -143,10 +132,13 @@ class _Path:
     @torch.no_grad()
     def values(self, at: float) -> Float[Tensor, "2n"]:
         """The scalars at one point of the path, in double precision."""
-        return torch.cat(self.scalars((at * self.y).expand(len(self.slots), -1, -1)), 1)[0].double()
+        if at not in self._known:
+            y = (at * self.y).expand(len(self.slots), -1, -1)
+            self._known[at] = torch.cat(self.scalars(y), 1)[0].double()
+        return self._known[at]
 
-    def panel(self, start: float, end: float, before: Float[Tensor, "2n"]) -> _Panel:
-        """Integrate from ``start``, where the scalars are ``before``, to ``end``."""
+    def panel(self, start: float, end: float) -> _Panel:
+        """Integrate from ``start`` to ``end``."""
         at = self.y.new_tensor(start + (end - start) * self.nodes)
         node_weights = self.y.new_tensor((end - start) * self.node_weights)
         y = (at[:, None, None] * self.y).repeat_interleave(len(self.slots), dim=0).requires_grad_()
@@ -156,8 +148,8 @@ class _Path:
             (gradient,) = torch.autograd.grad(total, y, retain_graph=more)
             gradient = gradient.view(NODES, -1, *self.y.shape)
             rows += map(self._share_out, torch.einsum("n,nklc->klc", node_weights, gradient))
-        weights, values = torch.stack(rows), self.values(end)
-        return _Panel(start, end, weights, values, values - before - weights.sum(1))
+        weights = torch.stack(rows)
+        return _Panel(start, end, weights, self.values(end) - self.values(start) - weights.sum(1))
 
     def _share_out(self, gradient: Float[Tensor, "L C"]) -> Float[Tensor, "nnz"]:
         """h_tj C_j · gradient_t for every triplet, exactly: the codebook is a sum."""
@@ -168,18 +160,21 @@ class _Path:
     def _run(
         self, y: Float[Tensor, "Nn L C"]
     ) -> tuple[Float[Tensor, "Nn"], Float[Tensor, "Nn 4h 4w"]]:
-        """Confidence logit and mask logits of one slot of each row, the chosen ones in turn."""
+        """Confidence logit and mask logits of one slot of each row, the chosen ones in turn.
+
+        Slots are grounded independently of each other, so each row grounds its own alone.
+        """
         inputs, rows = self.inputs, len(y)
         keys = inputs.keys.expand(rows, -1, -1, -1)
         readable = inputs.readable.expand(rows, -1)
         concepts = self.interface.codebook.aggregate(y, readable)
         tokens = inputs.tokens.to(y.dtype).expand(rows, -1, -1)
         queries = self.interface.fusion(tokens, concepts.vectors, inputs.gates)
+        own = torch.arange(rows, device=y.device), self.slots.repeat(rows // len(self.slots))
         frames = [inputs.frame] * rows
-        found = self.interface.ground(queries, keys, frames)
-        select = torch.arange(rows, device=y.device), self.slots.repeat(rows // len(self.slots))
-        low_res = self.interface.decode(keys, found, frames=frames, select=select)
-        return found.confidence_logits[select], low_res
+        found = self.interface.ground(queries[own][:, None], keys, frames)
+        low_res = self.interface.decode(keys, found, frames=frames)
+        return found.confidence_logits[:, 0], low_res[:, 0]
 
 
 def codebook_shares(interface: ConceptSlots, codes: SparseCodes) -> np.ndarray:

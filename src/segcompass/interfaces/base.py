@@ -124,7 +124,7 @@ class Interface(nn.Module, ABC):
         need_attention: bool = False,
         gates: Float[Tensor, "#B 2"] | None = None,
     ) -> Alignment:
-        """From what the policy wrote to slots.
+        """From what the policy wrote to slots; what an interface does not read goes to ``**_``.
 
         Args:
             states: Of whole answers.

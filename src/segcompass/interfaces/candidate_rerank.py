@@ -1,13 +1,15 @@
 """Rea2Seg: another interface finds candidates, a policy looks at each and says how well it fits.
 
 source's answer -> direct mask, slots, heatmap and attention peaks -> distinct candidates
-                -> each marked in the picture -> thought and score -> the best one
+                -> each marked in the picture -> thought and score
+                -> the best one, if it is rated clearly above the source's answer
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,6 @@ from segcompass.interfaces.candidates import Candidate, CandidateConfig, PointPr
 from segcompass.interfaces.registry import OfInterface, find, register
 from segcompass.io.clock import Clock
 from segcompass.reasoning.policy import Policy, PolicyConfig
-from segcompass.reasoning.prompts import ParsedAnswer, PromptConfig
 from segcompass.reasoning.scorer import PolicyScorer
 from segcompass.types import Candidates, Prediction, ReasoningBatch, Score, Status
 
@@ -31,27 +32,44 @@ class CandidateRerankConfig(OfInterface, InterfaceConfig, frozen=True):
     """The source (``interface`` and its ``head``), its candidates, and who judges them."""
 
     candidates: CandidateConfig = CandidateConfig()
-    scorer: PolicyConfig = Field(
-        PolicyConfig(prompt=PromptConfig(form="score")), description="how the judge is asked"
+    scorer: PolicyConfig | None = Field(
+        None, description="how the judge is asked; null: as the source's policy, but for a score"
+    )
+    together: int = Field(16, ge=1, description="candidates that are judged at once")
+    margin: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="a candidate replaces the source's answer if its score is higher by more than "
+        "this; null: `train scorer` finds it, and without one it is 0",
     )
 
     @field_validator("scorer")
     @classmethod
-    def _gives_scores(cls, value: PolicyConfig) -> PolicyConfig:
-        if value.prompt.form != "score":
+    def _gives_scores(cls, value: PolicyConfig | None) -> PolicyConfig | None:
+        if value is not None and value.prompt.form != "score":
             raise ValueError(f"the scorer's prompt.form must be score, got {value.prompt.form}")
         return value
+
+    def asking(self, policy: PolicyConfig) -> PolicyConfig:
+        """How the judge is asked, where the source's policy is asked like that."""
+        if self.scorer is not None:
+            return self.scorer
+        prompt = policy.prompt.model_copy(update={"form": "score"})
+        return policy.model_copy(update={"prompt": prompt})
 
 
 @register
 class CandidateRerank(Interface):
     """Chooses among what another interface proposes.
 
-    Source: Rea2Seg. With the direct mask as the only source of candidates there is nothing to
-    choose, and the answer is the source's own.
+    Source: Rea2Seg, which takes the best-rated candidate. Here the source's own answer stands
+    unless another is rated above it by more than the margin: a judge that cannot tell candidates
+    apart must not throw good answers away. With the direct mask as the only source of candidates
+    there is nothing to choose.
 
     Args:
-        config: Candidates.
+        config: Candidates and margin.
         source: The interface that answers first.
         scorer: Judges candidates.
         judge: The scorer's policy where it is not the source's, to be saved with the model.
@@ -80,11 +98,12 @@ class CandidateRerank(Interface):
         if material.policy is None:
             raise ValueError("candidate_rerank asks a policy; give the material one")
         show_attention(material.policy, config.candidates)
+        use = config.asking(material.policy.config)
         if material.judge is not None:
-            judge = material.judge(config.scorer)
-            return cls(config, source, PolicyScorer(judge), judge)
-        shared = Policy(material.policy.backbone, material.policy.tokenizer, config.scorer)
-        return cls(config, source, PolicyScorer(shared))
+            judge = material.judge(use)
+            return cls(config, source, PolicyScorer(judge, together=config.together), judge)
+        shared = Policy(material.policy.backbone, material.policy.tokenizer, use)
+        return cls(config, source, PolicyScorer(shared, together=config.together))
 
     @property
     def head(self) -> nn.ModuleDict:
@@ -96,35 +115,16 @@ class CandidateRerank(Interface):
         return self.source.trained()
 
     def align(
-        self,
-        states: ReasoningBatch,
-        keys: Float[Tensor, "B C h w"],
-        *,
-        frames: Sequence[Frame],
-        answers: Sequence[ParsedAnswer] | None = None,
-        need_attention: bool = False,
-        gates: Float[Tensor, "#B 2"] | None = None,
+        self, states: ReasoningBatch, keys: Float[Tensor, "B C h w"], **how: Any
     ) -> Alignment:
         """As the source does."""
-        return self.source.align(
-            states,
-            keys,
-            frames=frames,
-            answers=answers,
-            need_attention=need_attention,
-            gates=gates,
-        )
+        return self.source.align(states, keys, **how)
 
     def decode(
-        self,
-        keys: Float[Tensor, "B C h w"],
-        alignment: Alignment,
-        *,
-        frames: Sequence[Frame],
-        select: tuple[Tensor, Tensor] | None = None,
+        self, keys: Float[Tensor, "B C h w"], alignment: Alignment, **how: Any
     ) -> Float[Tensor, "*slots 4h 4w"]:
         """As the source does."""
-        return self.source.decode(keys, alignment, frames=frames, select=select)
+        return self.source.decode(keys, alignment, **how)
 
     def conclude(
         self,
@@ -142,8 +142,11 @@ class CandidateRerank(Interface):
         scores = self.judged(predictions, found)
         clock.lap("scoring")
         spent = {stage: seconds / len(predictions) for stage, seconds in clock.laps.items()}
+        margin = self.config.margin or 0.0
         return [
-            choose(replace(prediction, timings=prediction.timings | spent), candidates, rated)
+            choose(
+                replace(prediction, timings=prediction.timings | spent), candidates, rated, margin
+            )
             if prediction.status.well_formed
             else prediction
             for prediction, candidates, rated in zip(predictions, found, scores, strict=True)
@@ -194,16 +197,27 @@ def show_attention(policy: Policy, config: CandidateConfig) -> None:
 
 
 def choose(
-    prediction: Prediction, candidates: Sequence[Candidate], scores: Sequence[Score]
+    prediction: Prediction,
+    candidates: Sequence[Candidate],
+    scores: Sequence[Score],
+    margin: float = 0.0,
 ) -> Prediction:
-    """The prediction with the best candidate as its answer.
+    """The source's answer, or the best candidate in its place if that leads by more than a margin.
 
-    The winner takes the place of the slots that it stands for, and its score becomes their
-    confidence; other slots have none. So ``threshold`` decides whether there is a target, and may
-    be chosen as for any other model.
+    The winner takes the place of the slots that it stands for; other slots have no confidence left.
+    That there is something at all is the source's word: the winner is as confident as the source's
+    answer was. Where the source accepts nothing, the winner's score is its confidence.
+
+    Args:
+        prediction: of the source; well-formed.
+        candidates: for its answer, the direct one first.
+        scores: of the candidates.
+        margin: in units of the score, 0 … 1; at 1 the source's answer always stands.
     """
     values = np.array([score.value for score in scores], dtype=np.float32)
-    best = int(values.argmax()) if len(values) else None
+    has_direct = bool(candidates) and "direct" in candidates[0].sources
+    best, lead = favourite(values, has_direct, prediction.threshold)
+    wins = best is not None and lead > margin
     weighed = Candidates(
         masks=np.stack([c.mask for c in candidates])
         if candidates
@@ -211,22 +225,52 @@ def choose(
         scores=values,
         sources=tuple(", ".join(candidate.sources) for candidate in candidates),
         thoughts=tuple(score.thought for score in scores),
-        chosen=best,
+        chosen=best if wins else 0 if has_direct else None,
     )
+    answer = replace(prediction, candidates=weighed)
+    if best is None or not wins:
+        return answer
+    sure = prediction.scores.max() if prediction.accepted.any() else values[best]
+    return _in_place(answer, candidates[best], float(sure))
+
+
+def favourite(
+    scores: Float[np.ndarray, "M"], has_direct: bool, threshold: float
+) -> tuple[int | None, float]:
+    """The best-rated candidate, and how far its score is above that of the source's answer.
+
+    An answer without a mask cannot be shown to the judge: "nothing matches" counts as rated at the
+    threshold, above which a mask counts. (A score is an expected IoU: where the best candidate's is
+    r, "nothing" is right with probability 1 - r at most. So 0.5 is where the two meet.)
+
+    Args:
+        scores: of the candidates.
+        has_direct: the first one is the source's answer; else that is empty.
+        threshold: confidence above which a mask counts.
+
+    Returns:
+        Index, None where there is no candidate; lead, above 0 where the source's answer is not the
+        best.
+    """
+    if not len(scores):
+        return None, 0.0
+    best = int(scores.argmax())
+    return best, float(scores[best] - (scores[0] if has_direct else threshold))
+
+
+def _in_place(prediction: Prediction, winner: Candidate, confidence: float) -> Prediction:
+    """The prediction with the winner in the place of its slots, and nothing else accepted."""
+    slots = list(winner.slots)
     masks, low_res = prediction.slot_masks.copy(), prediction.low_res_logits.copy()
+    if winner.low_res is not None:
+        masks[slots], low_res[slots] = winner.mask, winner.low_res
     confidences = np.zeros_like(prediction.slot_scores)
-    if best is not None:
-        winner = candidates[best]
-        confidences[list(winner.slots)] = values[best]
-        if winner.low_res is not None:
-            masks[list(winner.slots)], low_res[list(winner.slots)] = winner.mask, winner.low_res
-    accepted = confidences > prediction.threshold
+    confidences[slots] = confidence
     return replace(
         prediction,
-        status=Status.OK if accepted.any() else Status.NO_TARGET,
+        status=Status.OK,
         slot_masks=masks,
         slot_scores=confidences,
-        accepted=accepted,
+        accepted=confidences > prediction.threshold,
         low_res_logits=low_res,
-        candidates=weighed,
     )

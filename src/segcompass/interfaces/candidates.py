@@ -1,6 +1,6 @@
 """Masks that might be the answer, from everything that a model looked at on its way to its own.
 
-    direct       the union of the slots that count
+    direct       the source's own answer: the union of the slots that it accepts
     slot         each slot's own mask
     heatmap      local maxima of the slots' heatmaps, which prompt the segmenter as points
     attention    local maxima of the policy's attention to the picture, likewise
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from scipy import ndimage
 from torch import Tensor
 
@@ -33,13 +33,19 @@ class CandidateConfig(BaseModel, frozen=True, extra="forbid"):
 
     sources: tuple[Source, ...] = ("direct", "slot", "heatmap", "attention")
     each: int = Field(3, ge=1, description="most masks of a source")
-    accept: float = Field(0.5, ge=0, le=1, description="confidence of slots in the direct mask")
     overlap: float = Field(0.8, gt=0, le=1, description="IoU from which two masks are the same")
     apart: int = Field(2, ge=1, description="cells between two peaks of a map")
     floor: float = Field(0.3, ge=0, le=1, description="of a map's maximum; lower ones are no peaks")
     best_of_three: bool = Field(
         True, description="SAM's alternatives for a point; false where it was never taught them"
     )
+
+    @field_validator("sources")
+    @classmethod
+    def _others_are_compared_with_it(cls, value: tuple[Source, ...]) -> tuple[Source, ...]:
+        if "direct" not in value:
+            raise ValueError("direct must be among the sources: it stands unless another is better")
+        return value
 
 
 class Candidate(NamedTuple):
@@ -65,7 +71,7 @@ def propose(
     frame: Frame,
     config: CandidateConfig,
 ) -> list[Candidate]:
-    """All distinct candidates for one picture, the direct mask first.
+    """All distinct candidates for one picture, the direct mask first unless it is empty.
 
     Args:
         prediction: of any interface; what it does not show is no source.
@@ -73,9 +79,7 @@ def propose(
         frame: the picture's place in the segmenter's frame.
         config: which sources, and when two masks are the same.
     """
-    found: list[Candidate] = []
-    if "direct" in config.sources:
-        found += direct(prediction, config.accept)
+    found = [direct(prediction)]
     if "slot" in config.sources:
         found += single_slots(prediction)
     peaks = {
@@ -88,11 +92,10 @@ def propose(
     return distinct(found, config.overlap, config.each)
 
 
-def direct(prediction: Prediction, accept: float) -> list[Candidate]:
-    """The source's own answer, as one mask."""
-    slots = np.flatnonzero(prediction.slot_scores > accept)
-    mask = np.asarray(prediction.slot_masks[slots].any(axis=0))
-    return [Candidate(mask, ("direct",), tuple(slots.tolist()))]
+def direct(prediction: Prediction) -> Candidate:
+    """The source's own answer, as one mask; empty where it accepts nothing."""
+    slots = np.flatnonzero(prediction.accepted)
+    return Candidate(np.asarray(prediction.masks.any(axis=0)), ("direct",), tuple(slots.tolist()))
 
 
 def single_slots(prediction: Prediction) -> list[Candidate]:

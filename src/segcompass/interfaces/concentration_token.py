@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from pydantic import Field
@@ -14,7 +15,6 @@ from segcompass.grounding.slot_mapper import SlotMapper, SlotMapperConfig
 from segcompass.interfaces.base import Alignment, InterfaceConfig, Material
 from segcompass.interfaces.heatmaps import HeatmapInterface
 from segcompass.interfaces.registry import register
-from segcompass.reasoning.prompts import ParsedAnswer
 from segcompass.types import ReasoningBatch
 
 
@@ -55,9 +55,7 @@ class ConcentrationToken(HeatmapInterface):
         keys: Float[Tensor, "B C h w"],
         *,
         frames: Sequence[Frame],
-        answers: Sequence[ParsedAnswer] | None = None,
-        need_attention: bool = False,
-        gates: Float[Tensor, "#B 2"] | None = None,
+        **_: Any,
     ) -> Alignment:
         """From the states at the concentration tokens straight to heatmaps."""
         queries = states.concentration_states.to(self.mapper.to_q.weight.dtype)

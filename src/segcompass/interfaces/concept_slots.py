@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +23,6 @@ from segcompass.grounding.slot_mapper import SlotMapper, SlotMapperConfig
 from segcompass.interfaces.base import Alignment, Interface, InterfaceConfig, Material
 from segcompass.interfaces.heatmaps import HeatmapInterface
 from segcompass.interfaces.registry import register
-from segcompass.reasoning.prompts import ParsedAnswer
 from segcompass.types import ReasoningBatch, SparseCodes, TokenKind
 
 READ_BY_SAE = (TokenKind.TEMPLATE, TokenKind.IMAGE, TokenKind.INSTRUCTION, TokenKind.THOUGHT)
@@ -152,9 +152,9 @@ class ConceptSlots(HeatmapInterface):
         keys: Float[Tensor, "B C h w"],
         *,
         frames: Sequence[Frame],
-        answers: Sequence[ParsedAnswer] | None = None,
         need_attention: bool = False,
         gates: Float[Tensor, "#B 2"] | None = None,
+        **_: Any,
     ) -> Alignment:
         """Eq. 4, Fig. 3, Eq. 2 and Eq. 5 in this order; arguments as of the base class.
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from segcompass.geometry import Frame
 from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.grounding.slot_mapper import QueryConfidence
 from segcompass.interfaces.base import Alignment, Interface, InterfaceConfig, Material
 from segcompass.interfaces.registry import register
-from segcompass.reasoning.prompts import ParsedAnswer
 from segcompass.types import ReasoningBatch, given
 
 
@@ -53,16 +51,7 @@ class LatentQuery(Interface):
             {"widen": self.widen, "narrow": self.narrow, "confidence": self.confidence}
         )
 
-    def align(
-        self,
-        states: ReasoningBatch,
-        keys: Float[Tensor, "B C h w"],
-        *,
-        frames: Sequence[Frame],
-        answers: Sequence[ParsedAnswer] | None = None,
-        need_attention: bool = False,
-        gates: Float[Tensor, "#B 2"] | None = None,
-    ) -> Alignment:
+    def align(self, states: ReasoningBatch, keys: Float[Tensor, "B C h w"], **_: Any) -> Alignment:
         """From the states at the concentration tokens to embedded prompts."""
         tokens = states.concentration_states.to(self.widen.weight.dtype)
         queries = self.narrow(self.widen(tokens).relu())
@@ -73,8 +62,8 @@ class LatentQuery(Interface):
         keys: Float[Tensor, "B C h w"],
         alignment: Alignment,
         *,
-        frames: Sequence[Frame],
         select: tuple[Tensor, Tensor] | None = None,
+        **_: Any,
     ) -> Float[Tensor, "*slots 4h 4w"]:
         """Each query prompts the mask decoder, where a point or a box would."""
         queries = given(alignment.queries, "queries")

@@ -69,5 +69,7 @@ class OfInterface(BaseModel, frozen=True, extra="forbid"):
     @field_validator("head", mode="plain")
     @classmethod
     def _fits(cls, value: Any, info: ValidationInfo) -> InterfaceConfig:
-        kind = find(info.data.get("interface", "concept_slots")).Config
+        if "interface" not in info.data:  # there is none of that name, which is told by itself
+            return InterfaceConfig()
+        kind = find(info.data["interface"]).Config
         return value if isinstance(value, kind) else kind.model_validate(value)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +80,7 @@ class TextReadout(Interface):
         *,
         frames: Sequence[Frame],
         answers: Sequence[ParsedAnswer] | None = None,
-        need_attention: bool = False,
-        gates: Float[Tensor, "#B 2"] | None = None,
+        **_: Any,
     ) -> Alignment:
         """From the answers' text to prompts; a malformed answer names nothing.
 
@@ -98,8 +98,8 @@ class TextReadout(Interface):
         keys: Float[Tensor, "B C h w"],
         alignment: Alignment,
         *,
-        frames: Sequence[Frame],
         select: tuple[Tensor, Tensor] | None = None,
+        **_: Any,
     ) -> Float[Tensor, "*slots 4h 4w"]:
         """The segmenter's best mask for each object; nothing where a slot names none."""
         logits = given(alignment.low_res, "masks")

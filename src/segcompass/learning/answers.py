@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segcompass.learning.questions import Questions
-from segcompass.reasoning.policy import Sequences
+from segcompass.reasoning.sequences import Sequences
 from segcompass.types import TokenKind
 
 

@@ -19,7 +19,6 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from segcompass.evaluation.benchmark import evaluate
-from segcompass.evaluation.run_log import METRICS
 from segcompass.io.errors import ConfigError
 from segcompass.io.progress import progress
 from segcompass.io.settings import merged
@@ -44,11 +43,6 @@ class JudgeConfig(BaseModel, frozen=True, extra="forbid"):
     force_format: bool = False
     paths: str = "both"
     threshold: float | None = Field(None, ge=0, le=1, description="null: the model's own")
-
-    def settings(self) -> dict[str, Any]:
-        """What figures are told apart by, as their file has it."""
-        unknown = {"batch_size"} | ({"threshold"} if self.threshold is None else set())
-        return self.model_dump(mode="json", exclude=unknown)
 
 
 class Arm(BaseModel, frozen=True, extra="allow"):
@@ -157,18 +151,16 @@ def _claim(folder: Path, text: str) -> None:
 def run_arm(experiment: Experiment, name: str, folder: Path) -> dict[str, Any]:
     """Train and judge one run of an arm, unless that is done; returns the figures.
 
+    Answers that were judged are not given again, and are refused where they are of another model,
+    threshold or way to answer.
+
     Raises:
         ConfigError, DataError, CheckpointError: as of training and judging.
     """
-    asked = experiment.judge(name)
-    done = folder / "eval" / METRICS
-    if done.exists():
-        figures: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-        if all(figures[key] == value for key, value in asked.settings().items()):
-            return figures
     model = SegCompass.from_pretrained(model_of(experiment, name, folder))
+    asked = experiment.judge(name).model_dump()
     with progress(f"eval {folder.name}") as moved:
-        return evaluate(model, **asked.model_dump(), out=folder / "eval", progress=moved)
+        return evaluate(model, **asked, out=folder / "eval", progress=moved)
 
 
 def model_of(experiment: Experiment, name: str, folder: Path) -> str | Path:

@@ -1,6 +1,6 @@
 """Interfaces side by side: train and judge every arm, measure what it costs and what it shows.
 
-OUT/ARM-SEED/footprint.json    seconds, memory, which explanations exist
+OUT/ARM-SEED/footprint.json    seconds, memory, which explanations exist, and of which answers
 OUT/ARM-SEED/shown/            the answers that were measured, as `segcompass predict --out` writes
 """
 
@@ -24,6 +24,7 @@ from segcompass.pipeline import SegCompass
 from segcompass.types import Sample
 
 FOOTPRINT, SHOWN = "footprint.json", "shown"
+ANSWERED = ("fingerprint", "force_format", "paths", "threshold")  # what answers depend on
 
 
 def compare(
@@ -49,8 +50,8 @@ def compare(
         runs = []
         for folder in experiment.runs(name):
             told(f"{folder.name}: training, judging, measuring what is not done yet")
-            run_arm(experiment, name, folder)
-            runs.append(_judged(experiment, name, folder))
+            figures = run_arm(experiment, name, folder)
+            runs.append(_judged(experiment, name, folder, {key: figures[key] for key in ANSWERED}))
         rows.append(comparison.compare(name, runs))
     return rows
 
@@ -81,14 +82,18 @@ def varied(samples: Sequence[Sample]) -> list[Sample]:
     return [samples[i] for i in sorted(range(len(samples)), key=turns.__getitem__)]
 
 
-def _judged(experiment: Experiment, name: str, folder: Path) -> comparison.Judged:
-    path, known = folder / FOOTPRINT, folder / TRAINED
+def _judged(
+    experiment: Experiment, name: str, folder: Path, answered: dict[str, Any]
+) -> comparison.Judged:
+    """A run with its footprint, measured unless that is done for just such answers."""
+    path, trained = folder / FOOTPRINT, folder / TRAINED
     shown = [shown_file(folder, sample) for sample in shown_samples(experiment)]
-    if not path.exists() or not all(file.exists() for file in shown):
-        replace_file(path, json.dumps(_measure(experiment, name, folder)._asdict()) + "\n")
-    parameters = json.loads(known.read_text())["parameters"] if known.exists() else None
-    footprint = Footprint(**json.loads(path.read_text(encoding="utf-8")))
-    return comparison.Judged(folder / "eval", footprint, parameters)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.pop("answered", None) != answered or not all(file.exists() for file in shown):
+        known = _measure(experiment, name, folder)._asdict()
+        replace_file(path, json.dumps({**known, "answered": answered}) + "\n")
+    parameters = json.loads(trained.read_text())["parameters"] if trained.exists() else None
+    return comparison.Judged(folder / "eval", Footprint(**known), parameters)
 
 
 def _measure(experiment: Experiment, name: str, folder: Path) -> Footprint:

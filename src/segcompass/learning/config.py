@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -22,6 +23,8 @@ from segcompass.learning.stages import (
 )
 from segcompass.reasoning.from_scratch import ScratchConfig
 from segcompass.reasoning.policy import PolicyConfig
+
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # of a model, of a dataclass
 
 
 class _Model(BaseModel, frozen=True, extra="forbid"):
@@ -88,7 +91,12 @@ class RunConfig(OfInterface, frozen=True):
 
     run: Path = Field(description="folder of logs, states and the finished model")
     seed: int = Field(0, ge=0)
-    threads: int | None = Field(None, ge=1, description="CPU threads; all cores by default")
+    processes: int = Field(
+        1, ge=1, description="that train side by side, where there is no GPU and no torchrun"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of all processes here together; by default all cores"
+    )
     tensorboard: bool = Field(False, description="write figures there too (extra `track`)")
     data: DataConfig
     policy: PolicySource = PolicySource()
@@ -120,8 +128,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        kind = str(raw.get("interface", "concept_slots"))
-        problems = "; ".join(_explain(e, kind) for e in error.errors())
+        problems = "; ".join(_explain(e, raw) for e in error.errors())
         raise ConfigError(f"{path}: {problems}") from error
 
 
@@ -150,14 +157,14 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {value!r} is no valid YAML value") from error
 
 
-def _explain(error: Any, interface: str) -> str:
+def _explain(error: Any, raw: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{where} is missing"
-    if error["type"] != "extra_forbidden":
+    if error["type"] not in UNKNOWN_KEY:
         return f"{where}: {error['msg']}, got {error['input']!r}"
     *section, key = error["loc"]
-    known = {name.lower(): name for name in _section(section, interface).model_fields}
+    known = {name.lower(): name for name in _known(section, raw)}
     close = difflib.get_close_matches(str(key).lower(), known, n=1)
     hint = (
         f"did you mean {known[close[0]]!r}?" if close else f"known are {', '.join(known.values())}"
@@ -165,16 +172,22 @@ def _explain(error: Any, interface: str) -> str:
     return f"{where}: unknown key; {hint}"
 
 
-def _section(location: list[str | int], interface: str) -> type[BaseModel]:
-    """The model that describes a section of the config."""
-    model: type[BaseModel] = RunConfig
+def _known(location: list[str | int], raw: Any) -> dict[str, Any]:
+    """The keys that a section of a config may hold."""
+    kind: Any = RunConfig
     for name in location:
-        if model is RunConfig and name == "head":
-            model = find(interface).Config
-            continue
-        if isinstance(name, int):  # one of several
-            continue
-        annotation = model.model_fields[str(name)].annotation
-        kinds = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
-    return model
+        if name == "head":  # of the interface that is named beside it
+            kind = find(raw.get("interface", OfInterface.model_fields["interface"].default)).Config
+        else:  # a number says which of several, all of one kind
+            kind = _keys(kind).get(str(name), kind)
+        raw = raw[name]
+    return _keys(kind)
+
+
+def _keys(annotation: Any) -> dict[str, Any]:
+    """Keys of the section in an annotation such as ``X | None``, and what each of them holds."""
+    if is_dataclass(annotation):
+        return get_type_hints(annotation)
+    if hasattr(annotation, "model_fields"):
+        return {name: field.annotation for name, field in annotation.model_fields.items()}
+    return {key: held for part in get_args(annotation) for key, held in _keys(part).items()}

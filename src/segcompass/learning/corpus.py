@@ -23,8 +23,10 @@ from segcompass.io.errors import DataError
 from segcompass.io.images import load_image
 from segcompass.io.masks import decode
 from segcompass.learning.config import DataConfig
+from segcompass.learning.engine.distributed import local_ranks
 from segcompass.reasoning.backbones import Backbone, VisualInput
-from segcompass.reasoning.policy import Policy, Sequences
+from segcompass.reasoning.policy import Policy
+from segcompass.reasoning.sequences import Sequences
 from segcompass.types import NamedObject, Rle, Sample
 
 T = TypeVar("T")
@@ -60,11 +62,12 @@ class Memo(Generic[T]):
 
     Args:
         make: Reads and prepares one picture.
-        budget: Bytes that may be kept; once they are full, later pictures are made anew.
+        budget: Bytes that this machine's ranks together may keep; once they are full, later
+            pictures are made anew.
     """
 
     def __init__(self, make: Callable[[Path], T], budget: int = 4 << 30) -> None:
-        self.make, self.room = make, budget
+        self.make, self.room = make, budget // local_ranks()
         self.kept: dict[Path, T] = {}
 
     def __call__(self, path: Path) -> T:
@@ -88,7 +91,8 @@ class BlockMemo(Generic[T]):
         make: Turns a block of pictures into one value each.
         paths: All pictures that will be asked for.
         block: Pictures in a block.
-        budget: Bytes that may be kept; if all pictures need more, each is made anew every time.
+        budget: Bytes that this machine's ranks together may keep; if all pictures need more, each
+            is made anew every time.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class BlockMemo(Generic[T]):
         block: int = 32,
         budget: int = 6 << 30,
     ) -> None:
-        self.make, self.block, self.budget = make, block, budget
+        self.make, self.block, self.budget = make, block, budget // local_ranks()
         self.order = list(dict.fromkeys(paths))
         self.position = {path: i for i, path in enumerate(self.order)}
         self.kept: dict[Path, T] = {}
@@ -138,7 +142,7 @@ def visual_memo(backbone: Backbone) -> Memo[VisualInput]:
 def encode_answers(
     policy: Policy,
     batch: Sequence[Sample],
-    visuals: Memo[VisualInput],
+    visuals: Callable[[Path], VisualInput],
     conclude: Callable[[Sample], str] | None = None,
 ) -> tuple[list[VisualInput], Sequences]:
     """A batch's pictures, and its prompts with the oracle's whole answers.
@@ -161,6 +165,22 @@ def feature_memo(
     def make(block: list[Path]) -> list[Tensor]:
         made = backbone.embed_images([visuals(path) for path in block])
         return [features.clone() for features in made]  # views would keep the block alive
+
+    return BlockMemo(make, paths)
+
+
+def seen_memo(backbone: Backbone, paths: Iterable[Path]) -> BlockMemo[tuple[VisualInput, Tensor]]:
+    """Pictures without their pixels, with what a frozen vision tower made of them, (n, D).
+
+    Where nothing else needs the pixels: they are several times larger than the features.
+    """
+
+    @torch.no_grad()
+    def make(block: list[Path]) -> list[tuple[VisualInput, Tensor]]:
+        visuals = [backbone.prepare(load_image(path)) for path in block]
+        features = backbone.embed_images(visuals)
+        bare = [v._replace(pixels=v.pixels.new_empty(0)) for v in visuals]
+        return [(v, made.clone()) for v, made in zip(bare, features, strict=True)]
 
     return BlockMemo(make, paths)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from segcompass.learning.engine.sharding import gathered
 from segcompass.learning.grpo import answer_log_probs
 from segcompass.reasoning.backbones import VisualInput
-from segcompass.reasoning.policy import Generation, Policy, Sequences
+from segcompass.reasoning.policy import Generation, Policy
+from segcompass.reasoning.sequences import Sequences
 from segcompass.types import ReasoningBatch, Status
 
 

@@ -111,13 +111,18 @@ class SaeStage(OptimizerConfig, frozen=True):
 class ScorerStage(OptimizerConfig, frozen=True):
     """Candidates of a finished model, marked, with the score that their IoU earns (Rea2Seg).
 
-    Every score there is comes up equally often; ``batch`` counts candidates.
+    Every score there is comes up equally often; ``batch`` counts candidates. On questions that the
+    judge was not trained on it is then decided by how much a candidate must be rated above the
+    source's answer to replace it, unless ``head.margin`` says so.
     """
 
     start: Path | None = Field(
         None, description="the model folder that finds candidates; default: what joint wrote"
     )
     samples: int | None = Field(2_000, ge=1, description="questions to collect from; null: all")
+    held_out: float = Field(
+        0.2, ge=0, lt=1, description="share of the pictures whose questions choose the margin"
+    )
     together: int = Field(16, ge=1, description="questions that are answered at once")
     train_vision: bool = Field(True, description="also the tower, which never saw a mark")
 

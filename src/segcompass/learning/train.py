@@ -28,7 +28,7 @@ from segcompass.io.errors import ConfigError
 from segcompass.io.progress import progress
 from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig, load_config
-from segcompass.learning.engine.distributed import World, start
+from segcompass.learning.engine.distributed import World, local_ranks, start
 from segcompass.learning.engine.lora import merged_state
 from segcompass.learning.engine.sharding import full_state
 from segcompass.learning.engine.states import saved_states
@@ -68,7 +68,7 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> Pa
     """
     config = load_config(config_path, overrides)
     if config.threads:
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(max(1, config.threads // local_ranks()))
     if stage not in {*STAGES, "all"}:
         raise ConfigError(f"no stage is called {stage!r}; choose one of {', '.join(STAGES)}, all")
     names = stages_of(config) if stage == "all" else [stage]

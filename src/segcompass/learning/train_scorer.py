@@ -2,49 +2,45 @@
 
     finished model -> its candidates on training questions -> score = round(9 IoU)
                    -> question, marked picture -> thought, score       by cross-entropy
+                   -> on questions kept apart: the margin
 
 The model that finds the candidates is frozen; the judge begins as a copy of its policy. Candidates
-are collected once, into STAGE/candidates.jsonl.
+are collected once, into STAGE/candidates.jsonl. STAGE/margin.json tells what the judge is worth.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from segcompass.evaluation.run_log import replace_file
 from segcompass.grounding.marking import mark
-from segcompass.grounding.segmenters import encoder_of
 from segcompass.interfaces.base import Interface
-from segcompass.interfaces.candidate_rerank import (
-    CandidateRerank,
-    CandidateRerankConfig,
-    show_attention,
-)
-from segcompass.interfaces.candidates import iou
+from segcompass.interfaces.candidate_rerank import CandidateRerank, CandidateRerankConfig
 from segcompass.io import masks
 from segcompass.io.errors import ConfigError
 from segcompass.io.images import load_image
-from segcompass.io.progress import progress
+from segcompass.learning.candidate_questions import CANDIDATES, Question, collect, set_apart
 from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.distributed import World
 from segcompass.learning.engine.loop import Loop, Losses
+from segcompass.learning.margin import best_margin, figures, rate
 from segcompass.learning.stages import ScorerStage
 from segcompass.learning.train_warmup import answer_losses
 from segcompass.learning.watching.watch import stage_observers
-from segcompass.model_folder import ModelConfig, Parts, find_model, load_parts, save_model
-from segcompass.pipeline import SegCompass
+from segcompass.model_folder import find_model, load_parts, save_model
 from segcompass.reasoning.loading import load_policy
 from segcompass.reasoning.policy import Policy
-from segcompass.reasoning.scorer import TOP, PolicyScorer
-from segcompass.types import Rle, Sample, Score, Status
+from segcompass.reasoning.scorer import PolicyScorer
+from segcompass.types import Rle, Sample
 
-CANDIDATES = "candidates.jsonl"
+MARGIN = "margin.json"
 
 
 class Rated(NamedTuple):
@@ -53,13 +49,6 @@ class Rated(NamedTuple):
     sample: Sample
     mask: Rle
     score: int  # 0 … 9
-
-
-class _Nobody:
-    """Judges nothing: its candidates are wanted, not a choice among them."""
-
-    def score(self, pictures: Sequence[np.ndarray], _: Sequence[str]) -> list[Score]:
-        return [Score(0.0, "", Status.OK)] * len(pictures)
 
 
 def source_of(config: RunConfig) -> RunConfig:
@@ -72,6 +61,8 @@ def source_of(config: RunConfig) -> RunConfig:
 
 def train_scorer(config: RunConfig, stage: ScorerStage, start: Path) -> Path:
     """Collect candidates, train a judge of them, and write the whole model to RUN/model.
+
+    The margin that the judge has earned is saved with the model, unless the config gives one.
 
     Args:
         config: Of a candidate_rerank; of ``head``, source and sizes are those of ``start``.
@@ -91,105 +82,44 @@ def train_scorer(config: RunConfig, stage: ScorerStage, start: Path) -> Path:
     parts = load_parts(start, dtype=config.policy.dtype)
     inner = {"interface": parts.config.interface, "head": parts.config.head}
     head = config.head.model_copy(update=inner)
-    dtype = getattr(torch, config.policy.dtype)
-    judge = load_policy(find_model(start) / "policy", head.scorer, dtype=dtype).to(world.device)
+    dtype, use = getattr(torch, config.policy.dtype), head.asking(parts.config.policy)
+    judge = load_policy(find_model(start) / "policy", use, dtype=dtype).to(world.device)
     samples = training_samples(config.data, judge.prompt, config.run)[: stage.samples]
+    questions = collect(parts, head, samples, folder, stage.together)
+    training, apart = set_apart(questions, stage.held_out, config.seed)
+    fit(judge, rated(training, folder), config, stage, folder)
+    scorer = PolicyScorer(judge.eval(), together=head.together)
+    verdicts = rate(apart, scorer, parts.config.threshold)
+    margin = best_margin(verdicts) if head.margin is None else head.margin
+    head = head.model_copy(update={"margin": margin})
     if world.is_main:
-        collect(parts, head, samples, folder / CANDIDATES, stage.together)
-    world.barrier()
-    fit(judge, read(folder / CANDIDATES, samples), config, stage, folder)
-    if world.is_main:
-        interface: Interface = CandidateRerank(head, parts.interface, PolicyScorer(judge), judge)
-        model = ModelConfig(
-            name=config.run.name,
-            interface=config.interface,
-            head=head,
-            policy=parts.config.policy,
-        )
+        told = figures(verdicts, margin) | {"given": config.head.margin is not None}
+        replace_file(folder / MARGIN, json.dumps(told, indent=2) + "\n")
+        interface: Interface = CandidateRerank(head, parts.interface, scorer, judge)
+        own = {"name": config.run.name, "interface": config.interface, "head": head}
+        model = parts.config.model_copy(update=own)
         save_model(config.run / "model", model, parts.policy, parts.sam, interface)
     world.barrier()
     return config.run / "model"
 
 
-def collect(
-    parts: Parts, head: CandidateRerankConfig, samples: Sequence[Sample], path: Path, together: int
-) -> None:
-    """Write the candidates of every sample, a line each; goes on behind the lines that are there.
-
-    Args:
-        parts: Of the model that finds them; in evaluation mode afterwards.
-        head: Which candidates.
-        samples: Training questions.
-        path: The file to write; its first line says what found the candidates.
-        together: Questions that are answered at once.
-
-    Raises:
-        ConfigError: if the file holds candidates of another model or choice.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    origin = json.dumps({"model": parts.fingerprint, **head.candidates.model_dump()})
-    known = _whole_lines(path)
-    if known[:1] not in ([], [origin]):
-        raise ConfigError(
-            f"{path} holds candidates of another model or choice ({known[0]}); delete it, or set "
-            "another `run` folder"
-        )
-    show_attention(parts.policy, head.candidates)
-    interface = CandidateRerank(head, parts.interface, _Nobody())
-    model = SegCompass(parts.policy, encoder_of(parts.sam), interface).eval()
-    model.to(World.current().device)
-    with path.open("w", encoding="utf-8") as file, progress("candidates") as update:
-        file.writelines(f"{line}\n" for line in known or [origin])
-        for start in range(max(0, len(known) - 1), len(samples), together):
-            batch = samples[start : start + together]
-            for sample, found in zip(batch, _masks(model, batch), strict=True):
-                row = {
-                    "sample": sample.sample_id,
-                    "masks": found,
-                    "scores": deserved(sample, found),
-                }
-                file.write(json.dumps(row) + "\n")
-            file.flush()
-            update(start + len(batch), len(samples))
-
-
-def _masks(model: SegCompass, batch: Sequence[Sample]) -> Iterator[list[Rle]]:
-    """The candidates of a batch."""
-    answers = model.predict_batch([s.image_path for s in batch], [s.instruction for s in batch])
-    for answer in answers:
-        candidates = () if answer.candidates is None else answer.candidates.masks
-        yield [masks.encode(mask) for mask in candidates]
-
-
-def deserved(sample: Sample, found: Sequence[Rle]) -> list[int]:
-    """What each candidate would score if the judge knew the targets: nine times its IoU, rounded.
-
-    Ignored pixels count neither way.
-    """
-    target = masks.union(sample.targets, sample.image_hw)
-    counts = np.ones_like(target) if sample.ignore is None else ~masks.decode(sample.ignore)
-    return [int(TOP * iou(masks.decode(rle) & counts, target & counts) + 0.5) for rle in found]
-
-
-def read(path: Path, samples: Sequence[Sample]) -> list[Rated]:
-    """The collected candidates; raises ConfigError where they are of other samples, or none."""
-    rows = [json.loads(line) for line in _whole_lines(path)[1:]]
-    if [row["sample"] for row in rows] != [sample.sample_id for sample in samples]:
-        raise ConfigError(
-            f"{path} holds candidates of other samples; delete it, or set another `run` folder"
-        )
-    rated = [
-        Rated(sample, mask, score)
-        for sample, row in zip(samples, rows, strict=True)
-        for mask, score in zip(row["masks"], row["scores"], strict=True)
+def rated(questions: Sequence[Question], folder: Path) -> list[Rated]:
+    """The candidates of all questions; raises ConfigError where there are none."""
+    found = [
+        Rated(question.sample, mask, score)
+        for question in questions
+        for mask, score in zip(question.masks, question.scores, strict=True)
     ]
-    if not rated:
-        raise ConfigError(f"{path} holds no candidate; train the model that is to find them first")
-    return rated
+    if not found:
+        raise ConfigError(
+            f"{folder / CANDIDATES} holds no candidate to train on; collect from more questions, "
+            "or train the model that is to find them first"
+        )
+    return found
 
 
 def fit(
-    judge: Policy, rated: Sequence[Rated], config: RunConfig, stage: ScorerStage, folder: Path
+    judge: Policy, known: Sequence[Rated], config: RunConfig, stage: ScorerStage, folder: Path
 ) -> None:
     """Train the judge on marked pictures, by cross-entropy over thought and score."""
     world = World.current()
@@ -199,11 +129,11 @@ def fit(
     parts = {"policy": judge.model}
     loop = Loop(folder, "scorer", parts, stage, config.seed, observers=observers)
     loop.resume()
-    scores = [one.score for one in rated]
+    scores = [one.score for one in known]
 
     def losses(step: int) -> Losses:
         chosen = world.slice(balanced_indices(step, stage.batch, scores, config.seed))
-        batch = [rated[i] for i in chosen]
+        batch = [known[i] for i in chosen]
         visuals = [
             judge.backbone.prepare(mark(load_image(s.image_path), masks.decode(mask)))
             for s, mask, _ in batch
@@ -228,11 +158,3 @@ def balanced_indices(step: int, batch: int, scores: Sequence[int], seed: int) ->
     labels = np.asarray(scores)
     wanted = draw.choice(np.unique(labels), batch)
     return [int(draw.choice(np.flatnonzero(labels == score))) for score in wanted]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file, without one that a killed run left unfinished."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return lines

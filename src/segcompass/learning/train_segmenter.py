@@ -35,31 +35,36 @@ def train_segmenter(sam: SamModel, config: RunConfig, stage: SegmenterStage, fol
     loop.resume()
 
     def losses(step: int) -> Losses:
-        chosen = batch_indices(step, stage.batch, len(records), config.seed)
+        drawn = batch_indices(step, stage.batch, len(records), config.seed)
+        chosen = loop.world.slice(drawn)
         batch = [records[i] for i in chosen]
         framed = np.stack([frames(r.image_path) for r in batch])
         pixels = encoder.normalise(framed, [Frame.fit(r.image_hw, encoder.side) for r in batch])
-        rng = random.Random(f"{config.seed}/{step}")
-        rows, prompts, targets = _prompts(batch, decoder, stage.prompts, rng, encoder.side)
+        rngs = [random.Random(f"{config.seed}/{step}/{i}") for i in chosen]
+        rows, prompts, targets = _prompts(batch, decoder, stage.prompts, rngs, encoder.side)
         keys = encoder(pixels)
         kind = ("points", "boxes", "masks")[step % 3]
         shown = {name: value if name == kind else None for name, value in prompts.items()}
         logits = decoder.decode_prompts(
             keys, rows, points=shown["points"], boxes=shown["boxes"], masks=shown["masks"]
         )
-        dice, bce = dice_loss(logits, targets).mean(), map_bce(logits, targets).mean()
-        iou = soft_iou((logits > 0).float() * 40 - 20, (targets > 0.5).float()).mean()
-        return {"loss": dice + 5 * bce, "dice": dice.detach(), "iou": iou.detach()}
+        dice, bce = dice_loss(logits, targets), map_bce(logits, targets)
+        iou = soft_iou((logits > 0).float() * 40 - 20, (targets > 0.5).float())
+        return loop.world.means({"loss": dice + 5 * bce, "dice": dice, "iou": iou})
 
     loop.run(losses)
 
 
 def _prompts(
-    batch: list[ImageRecord], decoder: MaskDecoder, count: int, rng: random.Random, side: int
+    batch: list[ImageRecord],
+    decoder: MaskDecoder,
+    count: int,
+    rngs: list[random.Random],
+    side: int,
 ) -> tuple[Tensor, dict[str, Tensor], Float[Tensor, "M 4h 4w"]]:
-    """Pick things to prompt for, and every kind of prompt for each."""
-    rows, points, boxes, coverage = [], [], [], []
-    for row, record in enumerate(batch):
+    """Pick things to prompt for, and every kind of prompt for each; a picture has its own rng."""
+    rows, points, boxes, coverage, noise = [], [], [], [], []
+    for row, (record, rng) in enumerate(zip(batch, rngs, strict=True)):
         scale = side / max(record.image_hw)
         picked = rng.sample(range(len(record.masks)), min(count, len(record.masks)))
         for i in picked:
@@ -71,11 +76,13 @@ def _prompts(
             boxes.append([c * scale for c in _jitter((x, y, x + width, y + height), rng)])
         rles = [record.masks[i] for i in picked]
         coverage.append(target_grid(rles, record.image_hw, side, decoder.mask_side))
+        draws = torch.Generator().manual_seed(rng.getrandbits(32))
+        noise.append(torch.randn(len(picked), decoder.grid, decoder.grid, generator=draws))
     targets = torch.cat(coverage)
     prompts = {
         "points": torch.tensor(points, dtype=torch.float32),
         "boxes": torch.tensor(boxes, dtype=torch.float32),
-        "masks": decoder.mask_prompts(_coarse(targets, decoder.grid)),
+        "masks": decoder.mask_prompts(_coarse(targets, decoder.grid) + torch.cat(noise)),
     }
     return torch.tensor(rows), prompts, targets
 
@@ -95,7 +102,6 @@ def _jitter(
 
 
 def _coarse(targets: Float[Tensor, "M 4h 4w"], grid: int) -> Float[Tensor, "M h w"]:
-    """A noisy map at the heatmaps' resolution: what the slot mapper will deliver."""
+    """A map at the heatmaps' resolution; with noise, what the slot mapper will deliver."""
     cells = torch.nn.functional.adaptive_avg_pool2d(targets[:, None], grid)[:, 0]
-    logits = 8 * (cells - 0.4)
-    return logits + torch.randn_like(logits)
+    return 8 * (cells - 0.4)

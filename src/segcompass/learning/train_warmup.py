@@ -8,6 +8,7 @@ words that depend on the picture are too few to learn from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -24,17 +25,20 @@ from segcompass.learning.corpus import (
     DENSE_TARGETS,
     dense_targets,
     encode_answers,
-    feature_memo,
     read_pictures,
+    seen_memo,
     stack_targets,
     visual_memo,
 )
+from segcompass.learning.engine.distributed import World
 from segcompass.learning.engine.loop import Loop, Losses, batch_indices, grouped_indices
 from segcompass.learning.object_teacher import oracle_conclusion
 from segcompass.learning.stages import LanguageStage, VisionStage
 from segcompass.learning.watching.watch import stage_observers
-from segcompass.reasoning.policy import Policy, Sequences
-from segcompass.types import TokenKind
+from segcompass.reasoning.backbones import VisualInput
+from segcompass.reasoning.policy import Policy
+from segcompass.reasoning.sequences import Sequences
+from segcompass.types import Sample, TokenKind
 
 _EMPTY = {"here_category", "cover_category"}  # targets with a class for "nothing"
 
@@ -46,21 +50,25 @@ class DenseHeads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleDict({n: nn.Linear(width, c) for n, c in DENSE_TARGETS.items()})
 
-    def losses(self, features: Tensor, targets: dict[str, Tensor], background: float) -> Losses:
+    def losses(
+        self, features: Tensor, targets: dict[str, Tensor], background: float, world: World
+    ) -> Losses:
         """Cross-entropy of every target, and the accuracy on cells that hold a thing."""
-        result: Losses = {}
+        sums, weights, right = [], [], {}
         for name, head in self.heads.items():
             logits, target = head(features), targets[name]
             weight = torch.ones(logits.shape[-1])
             if name in _EMPTY:
                 weight[-1] = background
-            shown = bool((target >= 0).any())  # else the mean over nothing would be NaN
-            result[name] = F.cross_entropy(logits, target, weight) if shown else 0 * logits.sum()
+            sums.append(F.cross_entropy(logits, target, weight, reduction="sum"))
+            weights.append(weight[target[target >= 0]].sum())
             if name.startswith("here"):
                 at = (target >= 0) & (target < logits.shape[-1] - (name in _EMPTY))
-                result[f"acc_{name}"] = (logits.argmax(-1) == target)[at].float().mean()
-        loss = torch.stack([result[name] for name in DENSE_TARGETS]).sum()
-        return {"loss": loss, **{k: v.detach() for k, v in result.items() if k.startswith("acc")}}
+                right[f"acc_{name}"] = (logits.argmax(-1) == target)[at].float()
+        # Of all ranks' cells together; a target that no cell of the batch has costs nothing.
+        totals = world.sum(torch.stack(weights)).clamp(min=1e-6)
+        loss = (torch.stack(sums) / totals).sum() * world.size
+        return {"loss": loss, **world.means(right)}
 
 
 def train_vision(policy: Policy, config: RunConfig, stage: VisionStage, folder: Path) -> None:
@@ -83,12 +91,12 @@ def train_vision(policy: Policy, config: RunConfig, stage: VisionStage, folder: 
         )
 
     def losses(step: int) -> Losses:
-        chosen = batch_indices(step, stage.batch, len(records), config.seed)
+        drawn = batch_indices(step, stage.batch, len(records), config.seed)
+        chosen = loop.world.slice(drawn)
         batch = [visuals(records[i].image_path) for i in chosen]
         features = torch.cat(policy.backbone.embed_images(batch)).float()
-        return heads.losses(
-            features, stack_targets(targets(i) for i in chosen), stage.background_weight
-        )
+        wanted = stack_targets(targets(i) for i in chosen)
+        return heads.losses(features, wanted, stage.background_weight, loop.world)
 
     loop.run(losses)
 
@@ -97,12 +105,7 @@ def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, fold
     """Train the language model on questions and oracle answers."""
     known = training_samples(config.data, policy.prompt, config.run)
     samples = [s for s in known if s.thought]
-    visuals = visual_memo(policy.backbone)
-    features = (
-        None
-        if stage.train_vision
-        else feature_memo(policy.backbone, visuals, [s.image_path for s in samples])
-    )
+    visuals, features = _pictures(policy, samples, stage)
     policy.backbone.vision.requires_grad_(stage.train_vision)
     observers = stage_observers(config, folder)
     loop = Loop(
@@ -113,16 +116,26 @@ def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, fold
     conclude = oracle_conclusion(policy.config.prompt, config.head)
 
     def losses(step: int) -> Losses:
-        chosen = grouped_indices(step, stage.batch, lengths, stage.group, config.seed)
-        batch = [samples[i] for i in chosen]
+        drawn = grouped_indices(step, stage.batch, lengths, stage.group, config.seed)
+        batch = [samples[i] for i in loop.world.slice(drawn)]
         pictures, sequences = encode_answers(policy, batch, visuals, conclude)
         seen = [features(s.image_path) for s in batch] if features else None
         _, hidden = policy(sequences, pictures, seen)
         tokens, right = answer_losses(policy, sequences, hidden)
-        return {"loss": tokens.mean(), "accuracy": right.float().mean()}
+        return loop.world.means({"loss": tokens, "accuracy": right.float()})
 
     loop.run(losses)
     policy.backbone.vision.requires_grad_(True)
+
+
+def _pictures(
+    policy: Policy, samples: list[Sample], stage: LanguageStage
+) -> tuple[Callable[[Path], VisualInput], Callable[[Path], Tensor] | None]:
+    """How to get a picture, and what a frozen tower makes of it."""
+    if stage.train_vision:
+        return visual_memo(policy.backbone), None
+    seen = seen_memo(policy.backbone, [s.image_path for s in samples])
+    return lambda path: seen(path)[0], lambda path: seen(path)[1]
 
 
 def answer_losses(

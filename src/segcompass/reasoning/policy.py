@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
@@ -20,6 +20,8 @@ from segcompass.reasoning.attention import AttentionTap
 from segcompass.reasoning.backbones import Backbone, VisualInput
 from segcompass.reasoning.forced_form import ForcedForm
 from segcompass.reasoning.prompts import EncodedPrompt, ParsedAnswer, Prompt, PromptConfig
+from segcompass.reasoning.sequences import Sequences, append, pad_left
+from segcompass.reasoning.state_tap import StateTap
 from segcompass.reasoning.streaming import OnText, TextStream
 from segcompass.types import ReasoningBatch, Status, TokenKind
 
@@ -36,17 +38,6 @@ class PolicyConfig(BaseModel, frozen=True, extra="forbid"):
     max_new_tokens: int = Field(160, ge=1, description="longest answer in tokens")
 
 
-class Sequences(NamedTuple):
-    """B left-padded sequences; ``kinds`` tells padding and everything else apart."""
-
-    ids: Int[Tensor, "B L"]
-    kinds: Int[Tensor, "B L"]
-
-    @property
-    def attention(self) -> Int[Tensor, "B L"]:
-        return (self.kinds != TokenKind.PADDING).long()
-
-
 class Generation(NamedTuple):
     """Answers and the states they were written with."""
 
@@ -57,37 +48,6 @@ class Generation(NamedTuple):
     is_answer: Bool[Tensor, "B M"]  # the tokens of each answer, end-of-text included
     hidden: Float[Tensor, "B l D"]  # final states: position t wrote token t + 1
     image_attention: list[Float[Tensor, "K n"]] | None = None  # see reasoning/attention.py
-
-
-class StateTap:
-    """Collects the outputs of the SAE layer and of the final norm while armed.
-
-    With ``keep_final=False`` only the SAE layer's are kept.
-    """
-
-    def __init__(self) -> None:
-        self.sae: list[Float[Tensor, "B l D"]] = []
-        self.final: list[Float[Tensor, "B l D"]] = []
-
-    @contextmanager
-    def armed(self, sae_layer: nn.Module, final_norm: nn.Module) -> Iterator[StateTap]:
-        """Hook both modules for the duration of the block."""
-
-        def keep(store: list[Tensor]) -> Any:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                store.append(output[0] if isinstance(output, tuple) else output)
-
-            return hook
-
-        handles = [
-            sae_layer.register_forward_hook(keep(self.sae)),
-            final_norm.register_forward_hook(keep(self.final)),
-        ]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class Policy(nn.Module):
@@ -167,14 +127,8 @@ class Policy(nn.Module):
 
     def pad(self, rows: Sequence[EncodedPrompt]) -> Sequences:
         """Stack sequences of unequal length, padding on the left."""
-        longest = max(len(row.ids) for row in rows)
-        ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id))
-        kinds = torch.full((len(rows), longest), int(TokenKind.PADDING))
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row.ids) :] = torch.tensor(row.ids)
-            kinds[i, longest - len(row.ids) :] = torch.tensor(row.kinds)
-        device = self.model.device
-        return Sequences(ids.to(device), kinds.to(device))
+        ids, kinds = pad_left(rows, int(self.tokenizer.pad_token_id))
+        return Sequences(ids.to(self.model.device), kinds.to(self.model.device))
 
     def forward(
         self,
@@ -331,18 +285,8 @@ class Policy(nn.Module):
         self, prompts: Sequences, answers: Sequence[list[int]]
     ) -> tuple[Sequences, Bool[Tensor, "B M"]]:
         """Answers behind their prompts, padded on the right; and where they stand."""
-        width, (rows, device) = prompts.ids.shape[1], (len(answers), prompts.ids.device)
-        longest = width + max(map(len, answers))
-        ids = torch.full((rows, longest), int(self.tokenizer.pad_token_id), device=device)
-        kinds = torch.full_like(ids, int(TokenKind.PADDING))
-        ids[:, :width], kinds[:, :width] = prompts
-        is_answer = torch.zeros_like(ids, dtype=torch.bool)
-        for row, answer in enumerate(answers):
-            place = slice(width, width + len(answer))
-            ids[row, place] = torch.tensor(answer, device=device)
-            kinds[row, place] = torch.tensor(self.prompt.answer_kinds(answer), device=device)
-            is_answer[row, place] = True
-        return Sequences(ids, kinds), is_answer
+        encoded = [EncodedPrompt(ids, self.prompt.answer_kinds(ids)) for ids in answers]
+        return append(prompts, encoded, int(self.tokenizer.pad_token_id))
 
     def _generation(
         self,

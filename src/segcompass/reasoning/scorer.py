@@ -24,11 +24,10 @@ class PolicyScorer:
 
     Args:
         policy: Its prompt's form is ``score``.
-        batch: Pictures that are judged together.
-        force_form: Hold the judgements to their form; without, a malformed one scores 0.
+        together: Pictures that are judged at once.
     """
 
-    def __init__(self, policy: Policy, *, batch: int = 16, force_form: bool = True) -> None:
+    def __init__(self, policy: Policy, *, together: int = 16) -> None:
         if policy.config.prompt.form != "score":
             raise ValueError(
                 f"a scorer's answers are scores, this policy's are {policy.config.prompt.form}; "
@@ -38,25 +37,23 @@ class PolicyScorer:
         if any(len(tokens) != 1 for tokens in digits):
             raise ValueError("a scorer's tokenizer must have a token for every digit")
         self.digits = [tokens[0] for tokens in digits]
-        self.policy, self.batch, self.force_form = policy, batch, force_form
+        self.policy, self.together = policy, together
 
     @torch.no_grad()
     def score(self, pictures: Sequence[np.ndarray], instructions: Sequence[str]) -> list[Score]:
         """Judge the region that each picture marks (``grounding.marking``), greedily.
+
+        Judgements are held to their form; one that cannot be read all the same scores 0.
 
         Args:
             pictures: uint8 (height, width, 3), with the mark.
             instructions: What was asked for, one for each picture.
         """
         scores: list[Score] = []
-        for start in range(0, len(pictures), self.batch):
-            visuals = [
-                self.policy.backbone.prepare(picture)
-                for picture in pictures[start : start + self.batch]
-            ]
-            written = self.policy.generate(
-                visuals, instructions[start : start + self.batch], force_form=self.force_form
-            )
+        for start in range(0, len(pictures), self.together):
+            batch = slice(start, start + self.together)
+            visuals = [self.policy.backbone.prepare(picture) for picture in pictures[batch]]
+            written = self.policy.generate(visuals, instructions[batch], force_form=True)
             scores += [self._read(written, row) for row in range(len(visuals))]
         return scores
 

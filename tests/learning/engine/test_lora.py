@@ -30,7 +30,8 @@ from segcompass.learning.engine.optimizer import MasterWeights, OptimizerConfig
 from segcompass.learning.engine.sharding import full_state, shard
 from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.loading import load_policy, save_policy
-from segcompass.reasoning.policy import Policy, Sequences
+from segcompass.reasoning.policy import Policy
+from segcompass.reasoning.sequences import Sequences
 
 pytest.importorskip("peft")
 SETTINGS = LoraSettings(rank=2, alpha=6.0)

@@ -22,7 +22,8 @@ from segcompass.learning.activations.latents import MODALITIES, modality_of
 from segcompass.learning.activations.sources import pixels_of
 from segcompass.learning.activations.stream import Group, StateReader, Statistics
 from segcompass.learning.engine.distributed import World
-from segcompass.reasoning.policy import Policy, Sequences
+from segcompass.reasoning.policy import Policy
+from segcompass.reasoning.sequences import Sequences
 from segcompass.types import TokenKind
 
 SHARED = 0.05  # a latent is shared if its weaker modality has at least this part of its firing rate

@@ -32,7 +32,8 @@ from segcompass.learning.activations.cache import (
     weights_identity,
 )
 from segcompass.learning.activations.sources import Row, Source, pixels_of
-from segcompass.reasoning.policy import Policy, Sequences
+from segcompass.reasoning.policy import Policy
+from segcompass.reasoning.sequences import Sequences
 
 
 class Group(NamedTuple):

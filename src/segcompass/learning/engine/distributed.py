@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any, TypeVar, overload
 
@@ -23,6 +24,7 @@ from segcompass.io.errors import ConfigError, SegCompassError
 
 T = TypeVar("T")
 _BUCKET = 1 << 25  # elements of one all-reduce; 128 MiB in fp32
+_PATIENCE = timedelta(hours=6)  # while one rank writes data, the others wait
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,11 @@ class World:
                 tensor.detach().copy_(whole)
 
 
+def local_ranks() -> int:
+    """How many processes share this machine's cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def start(device: str | None = None) -> Iterator[World]:
     """Join the processes that torchrun started, for the duration of the block; alone without it.
@@ -174,9 +181,9 @@ def start(device: str | None = None) -> Iterator[World]:
             )
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place, timeout=_PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=_PATIENCE)
     yield World.current()
     # Not after an error: the other ranks may be waiting for this one, which has to end to say so.
     dist.destroy_process_group()
