@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from ranks import launch
 from tiny import policy_config, tiny_qwen_policy
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from segcompass.learning.corpus import (
     target_grid,
     visual_memo,
 )
+from segcompass.learning.engine.distributed import start
 from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.loading import load_policy
 from segcompass.types import NamedObject
@@ -153,6 +155,32 @@ def test_blocks_do_not_depend_on_the_order_of_asking(asked: list[int], block: in
         assert memo(paths[i])[1] == paths[start : start + block]
     blocks = made[1:]  # the first picture alone tells the size
     assert len(blocks) == len({i // block for i in asked})  # each is made once
+
+
+def shared(count: int, budget: int) -> tuple[list[int], list[int]]:
+    """What a rank makes of so many pictures in blocks of two, and what it has without asking."""
+    made: list[int] = []
+
+    def make(members: list[Path]) -> list[Tensor]:
+        made.extend(int(path.stem) for path in members)
+        return [torch.full((3,), float(path.stem)) for path in members]
+
+    with start("cpu") as world:
+        memo = BlockMemo(make, [Path(str(i)) for i in range(count)], block=2, budget=budget)
+        memo.share(world)
+        return made, [int(value[0]) for value in memo.kept.values()]
+
+
+def test_ranks_share_the_making() -> None:
+    """Each block is made once, beside the first picture, which tells the size; all have all."""
+    ranks = launch(shared, 2, 7, 1 << 10)
+    assert sorted(ranks[0][0] + ranks[1][0]) == [0, 0, *range(7)]
+    assert all(sorted(held) == list(range(7)) for _, held in ranks)
+    assert all(len(own) > 1 for own, _ in ranks)
+
+
+def test_what_does_not_fit_is_not_shared() -> None:
+    assert launch(shared, 2, 7, 7 * 3 * 4 - 1) == [([0], []), ([0], [])]
 
 
 def test_what_does_not_fit_is_made_one_by_one() -> None:

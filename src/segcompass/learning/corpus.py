@@ -6,7 +6,7 @@ what training waits for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -22,14 +22,16 @@ from segcompass.geometry import Frame, masks_to_grid, to_frame
 from segcompass.io.errors import DataError
 from segcompass.io.images import load_image
 from segcompass.io.masks import decode
+from segcompass.io.progress import progress
 from segcompass.learning.config import DataConfig
-from segcompass.learning.engine.distributed import local_ranks
+from segcompass.learning.engine.distributed import World, local_ranks
 from segcompass.reasoning.backbones import Backbone, VisualInput
 from segcompass.reasoning.policy import Policy
 from segcompass.reasoning.sequences import Sequences
 from segcompass.types import NamedObject, Rle, Sample
 
 T = TypeVar("T")
+_ROUND = 8  # blocks of a rank that are handed round together
 IGNORED = -100  # target value that cross-entropy skips
 
 
@@ -111,15 +113,38 @@ class BlockMemo(Generic[T]):
     def __call__(self, path: Path) -> T:
         if path in self.kept:
             return self.kept[path]
-        if self.keeps is None:
-            first = self.make(self.order[:1])[0]
-            self.keeps = _bytes(first) * len(self.order) <= self.budget
-        if not self.keeps:
+        if not self._keeps():
             return self.make([path])[0]
         start = self.position[path] // self.block * self.block
-        members = self.order[start : start + self.block]
-        self.kept.update(zip(members, self.make(members), strict=True))
+        self.kept.update(self._made(start))
         return self.kept[path]
+
+    def share(self, world: World) -> None:
+        """Make everything now, each rank some of the blocks, and hand them round.
+
+        Else every rank makes nearly all of them in time. One rank alone makes them when asked.
+        """
+        if world.size == 1 or not self._keeps():
+            return
+        starts = range(0, len(self.order), self.block)
+        with progress("pictures") as update:
+            for first in range(0, len(starts), _ROUND * world.size):
+                blocks = world.slice(starts[first : first + _ROUND * world.size])
+                made = {path: value for start in blocks for path, value in self._made(start)}
+                for part in world.gather_objects(made):
+                    self.kept.update(part)
+                update(len(self.kept), len(self.order))
+
+    def _keeps(self) -> bool:
+        """Whether all pictures fit the budget, judged by the first."""
+        if self.keeps is None and self.order:
+            first = self.make(self.order[:1])[0]
+            self.keeps = _bytes(first) * len(self.order) <= self.budget
+        return bool(self.keeps)
+
+    def _made(self, start: int) -> Iterator[tuple[Path, T]]:
+        members = self.order[start : start + self.block]
+        return zip(members, self.make(members), strict=True)
 
 
 def _bytes(value: object) -> int:

@@ -135,6 +135,7 @@ def _pictures(
     if stage.train_vision:
         return visual_memo(policy.backbone), None
     seen = seen_memo(policy.backbone, [s.image_path for s in samples])
+    seen.share(World.current())
     return lambda path: seen(path)[0], lambda path: seen(path)[1]
 
 
