@@ -36,7 +36,7 @@ MODEL_PARTS = (
 def finished(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path) -> Path:
     """The config of a run that was never interrupted; do not write to its folder."""
     path = write_config(tmp_path_factory.mktemp("finished"), scenes_root)
-    assert train.run("all", path, [], resume=False) == path.parent / "run/model"
+    train.run("all", path, [], resume=False)
     return path
 
 

@@ -50,7 +50,7 @@ def recipe(folder: Path, data: Path, start: Path | None, **changes: Any) -> Path
 def finished(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, tiny_model: Path) -> Path:
     """The run's folder; do not write to it."""
     path = recipe(tmp_path_factory.mktemp("scorer"), scenes_root, tiny_model)
-    assert train.run("all", path, [], resume=False) == path.parent / "run/model"
+    train.run("all", path, [], resume=False)
     return path.parent / "run"
 
 

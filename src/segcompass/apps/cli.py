@@ -201,21 +201,13 @@ def train(
     if stage is Stage.PLAN:
         _show_plan(config, overrides or [], gpus, memory, as_json)
         return
-    _side_by_side(config, overrides or [])
+    from segcompass.learning.engine.launch import RanksError
     from segcompass.learning.train import run
 
-    run(stage.value, config, overrides or [], resume)
-
-
-def _side_by_side(config: Path, overrides: list[str]) -> None:
-    """Start this command again as several processes, where the config asks for them."""
-    from segcompass.learning.config import load_config
-    from segcompass.learning.engine.launch import launch, wanted_ranks
-
-    ranks = wanted_ranks(load_config(config, overrides).processes)
-    if ranks > 1:
-        command = [sys.executable, "-m", "segcompass", *sys.argv[1:]]
-        raise typer.Exit(launch(command, ranks))
+    try:
+        run(stage.value, config, overrides or [], resume)
+    except RanksError as failed:  # they have said why
+        raise typer.Exit(failed.code) from failed
 
 
 def _show_plan(config: Path, overrides: list[str], gpus: int, memory: float, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from segcompass.io.progress import progress
 from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig, load_config
 from segcompass.learning.engine.distributed import World, local_ranks, start
+from segcompass.learning.engine.launch import launch, wanted_ranks
 from segcompass.learning.engine.lora import merged_state
 from segcompass.learning.engine.sharding import full_state
 from segcompass.learning.engine.states import saved_states
@@ -50,8 +52,8 @@ from segcompass.reasoning.loading import load_policy, new_policy, save_policy
 from segcompass.reasoning.policy import Policy
 
 
-def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> Path:
-    """Run one stage of a config, or ``all`` of them in order.
+def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> None:
+    """Run one stage of a config, or ``all`` of them in order; on several processes if it says so.
 
     Args:
         stage: segmenter, warmup, sae, joint, scorer or all.
@@ -59,14 +61,17 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> Pa
         overrides: ``a.b=value`` settings that go before the file's.
         resume: Continue from saved states; stages that are finished are skipped.
 
-    Returns:
-        The folder that the last stage wrote.
-
     Raises:
         ConfigError: if the config is wrong, or states of an earlier run would be overwritten.
+        RanksError: if processes were started and did not come to their end.
         DataError: if the data is missing or broken.
     """
     config = load_config(config_path, overrides)
+    if wanted_ranks(config.processes) > 1:
+        settings = [part for override in overrides for part in ("--set", override)]
+        command = ["train", stage, str(config_path), *settings, *(["--resume"] if resume else [])]
+        launch([sys.executable, "-m", "segcompass", *command], config.processes)
+        return
     if config.threads:
         torch.set_num_threads(max(1, config.threads // local_ranks()))
     if stage not in {*STAGES, "all"}:
@@ -82,7 +87,8 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> Pa
             write_data(config)
             training_samples(config.data, run=config.run)  # bad data ends the run here, not later
         world.barrier()
-        return [STAGES[name](config) for name in names][-1]
+        for name in names:
+            STAGES[name](config)
 
 
 def _refuse_overwriting(folder: Path, stages: list[str]) -> None:

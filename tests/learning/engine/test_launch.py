@@ -12,9 +12,16 @@ from pathlib import Path
 import pytest
 
 from segcompass.learning.engine import launch as launching
-from segcompass.learning.engine.launch import launch
+from segcompass.learning.engine.launch import RanksError, launch
 
-PARENT = "import sys; from segcompass.learning.engine.launch import launch; "
+PARENT = """
+import sys
+from segcompass.learning.engine.launch import RanksError, launch
+try:
+    launch([sys.executable, *sys.argv[1:]], 2)
+except RanksError as failed:
+    sys.exit(failed.code)
+"""
 
 
 def python(text: str) -> list[str]:
@@ -28,7 +35,7 @@ def test_ranks_find_each_other(tmp_path: Path) -> None:
         "mine = torch.tensor(1.0 + dist.get_rank()); dist.all_reduce(mine); "
         f"open(os.path.join({str(tmp_path)!r}, rank), 'w').write(str(mine.item()))"
     )
-    assert launch(python(text), 2) == 0
+    launch(python(text), 2)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["3.0", "3.0"]
 
 
@@ -43,27 +50,31 @@ def test_threads_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "1").read_text() == "3"
 
 
-@pytest.mark.parametrize(
-    ("codes", "expected"), [((0, 0), 0), ((2, 2), 2), ((0, 5), 5), ((3, 1), 3)]
-)
+@pytest.mark.parametrize(("codes", "expected"), [((2, 2), 2), ((0, 5), 5), ((3, 1), 3)])
 def test_one_exit_code_for_all(codes: tuple[int, int], expected: int) -> None:
-    assert launch(python(f"sys.exit({codes}[int(rank)])"), 2) == expected
+    with pytest.raises(RanksError) as failed:
+        launch(python(f"sys.exit({codes}[int(rank)])"), 2)
+    assert failed.value.code == expected
 
 
 def test_an_error_that_all_share_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
-    launch(python("print('out'); print('no such thing', file=sys.stderr); sys.exit(1)"), 2)
+    with pytest.raises(RanksError):
+        launch(python("print('out'); print('no such thing', file=sys.stderr); sys.exit(1)"), 2)
     assert capfd.readouterr() == ("out\n", "no such thing\n")
 
 
 def test_an_error_of_another_rank_is_told(capfd: pytest.CaptureFixture[str]) -> None:
-    launch(python("rank == '1' and sys.exit('mine alone')"), 2)
+    with pytest.raises(RanksError):
+        launch(python("rank == '1' and sys.exit('mine alone')"), 2)
     assert capfd.readouterr().err == "mine alone\n"
 
 
 def test_a_rank_that_waits_for_a_dead_one_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "_GRACE", 0.2)
     begun = time.monotonic()
-    assert launch(python("sys.exit(4) if rank == '1' else time.sleep(60)"), 2) == signal.SIGKILL
+    with pytest.raises(RanksError) as failed:
+        launch(python("sys.exit(4) if rank == '1' else time.sleep(60)"), 2)
+    assert failed.value.code == signal.SIGKILL
     assert time.monotonic() - begun < 30
 
 
@@ -78,8 +89,7 @@ def test_sigterm_reaches_the_ranks(tmp_path: Path) -> None:
         "open(own + '.ready', 'w')\n"
         "time.sleep(60)\n"
     )
-    call = f"sys.exit(launch([sys.executable, {str(rank)!r}, {str(tmp_path) + os.sep!r}], 2))"
-    parent = subprocess.Popen([sys.executable, "-c", PARENT + call])
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(rank), str(tmp_path) + os.sep])
     while len(list(tmp_path.glob("*.ready"))) < 2 and parent.poll() is None:
         time.sleep(0.05)
     parent.terminate()

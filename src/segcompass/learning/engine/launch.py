@@ -15,7 +15,17 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from segcompass.io.errors import SegCompassError
+
 _GRACE = 60.0  # s that ranks get to end by themselves once one of them has failed
+
+
+class RanksError(SegCompassError):
+    """Processes that were started have ended with an error, and said which."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"training ended with exit code {code}; the reason stands above")
+        self.code = code
 
 
 def wanted_ranks(processes: int) -> int:
@@ -23,7 +33,7 @@ def wanted_ranks(processes: int) -> int:
     return 1 if "RANK" in os.environ or torch.cuda.is_available() else processes
 
 
-def launch(command: Sequence[str], ranks: int) -> int:
+def launch(command: Sequence[str], ranks: int) -> None:
     """Run a command on several ranks side by side, and wait for all of them.
 
     They find each other by torchrun's variables. Ctrl-C reaches them from the terminal, SIGTERM is
@@ -34,8 +44,8 @@ def launch(command: Sequence[str], ranks: int) -> int:
         command: Program and arguments, the same for all.
         ranks: How many.
 
-    Returns:
-        The exit code: rank 0's, or if that is 0, the first other than 0.
+    Raises:
+        RanksError: with the exit code of rank 0, or if that is 0, the first other than 0.
     """
     # The store is the parent's, so that no other program can take its port meanwhile.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -52,7 +62,8 @@ def launch(command: Sequence[str], ranks: int) -> int:
             if code != codes[0]:
                 said.seek(0)
                 shutil.copyfileobj(said, sys.stderr.buffer)
-    return next((abs(code) for code in codes if code), 0)
+    if any(codes):
+        raise RanksError(next(abs(code) for code in codes if code))
 
 
 def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
