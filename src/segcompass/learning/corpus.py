@@ -119,13 +119,16 @@ class BlockMemo(Generic[T]):
         self.kept.update(self._made(start))
         return self.kept[path]
 
-    def share(self, world: World) -> None:
+    def share(self, world: World) -> bool:
         """Make everything now, each rank some of the blocks, and hand them round.
 
         Else every rank makes nearly all of them in time. One rank alone makes them when asked.
+
+        Returns:
+            Whether all ranks have everything; False where it does not fit the budget.
         """
         if world.size == 1 or not self._keeps():
-            return
+            return world.size == 1
         starts = range(0, len(self.order), self.block)
         with progress("pictures") as update:
             for first in range(0, len(starts), _ROUND * world.size):
@@ -134,6 +137,7 @@ class BlockMemo(Generic[T]):
                 for part in world.gather_objects(made):
                     self.kept.update(part)
                 update(len(self.kept), len(self.order))
+        return True
 
     def _keeps(self) -> bool:
         """Whether all pictures fit the budget, judged by the first."""

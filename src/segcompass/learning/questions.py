@@ -12,8 +12,10 @@ from torch import Tensor
 
 from segcompass.geometry import Frame
 from segcompass.grounding.image_encoder import ImageEncoder
+from segcompass.io.errors import ConfigError
 from segcompass.io.images import load_image
 from segcompass.learning.corpus import BlockMemo, feature_memo, visual_memo
+from segcompass.learning.engine.distributed import World
 from segcompass.learning.planning.features import open_features
 from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.policy import Policy
@@ -58,8 +60,19 @@ class PictureMemo:
             found = open_features(stored, policy.backbone, encoder, paths, policy.model.device)
             self.features, self.keys = found.features, found.keys
         else:
-            self.features = feature_memo(policy.backbone, self.visuals, paths)
-            self.keys = key_memo(encoder, paths)
+            features, keys = (
+                feature_memo(policy.backbone, self.visuals, paths),
+                key_memo(encoder, paths),
+            )
+            # Not later: the sharded tower runs on all ranks or none, and they meet other pictures.
+            if not features.share(World.current()):
+                raise ConfigError(
+                    f"the image features of {len(features.order)} pictures do not fit in memory on "
+                    "every rank; write them once with `segcompass data features`, and set "
+                    "data.features"
+                )
+            keys.share(World.current())
+            self.features, self.keys = features, keys
 
     def questions(self, samples: list[Sample]) -> Questions:
         """Everything about the pictures of some samples."""
