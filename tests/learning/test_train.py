@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from segcompass import SegCompass
 from segcompass.data.samples import read_dataset
 from segcompass.io.errors import ConfigError
 from segcompass.learning import train
+from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.loop import Loop
 from segcompass.reasoning.loading import load_policy, save_policy
 from segcompass.types import Status
@@ -109,13 +111,35 @@ def test_what_a_kill_left_half_written_does_not_reach_the_model(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.parent / "run", run)
-    for name in ("segmenter", "policy", "sae"):
-        partial = run / f".{name}.partial"
-        partial.mkdir()
+    for name in ("segmenter", "policy", "sae"):  # killed before they were moved to their places
+        partial = (run / name).rename(run / f".{name}.partial")
         (partial / "left-over.safetensors").write_bytes(b"half")
     train.run("all", finished, [f"run={run}"], resume=True)
     assert_same_weights(run / "model", finished.parent / "run/model")
     assert not list(run.rglob("left-over.safetensors"))
+
+
+def test_a_finished_stage_is_not_begun_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    begun: list[str] = []
+    shutil.copytree(finished.parent / "run", run)
+
+    def noted(name: str, begin: Callable[[RunConfig], Path]) -> Callable[[RunConfig], Path]:
+        def run_it(config: RunConfig) -> Path:
+            begun.append(name)
+            return begin(config)
+
+        return run_it
+
+    for name, run_stage in train.STAGES.items():
+        monkeypatch.setitem(train.STAGES, name, noted(name, run_stage))
+    train.run("all", finished, [f"run={run}"], resume=True)
+    assert begun == []
+    shutil.rmtree(run / "sae")  # its steps were taken, what it hands on was not written
+    train.run("all", finished, [f"run={run}", f"train_joint.steps={STEPS + 1}"], resume=True)
+    assert begun == ["sae", "joint"]
 
 
 def test_an_earlier_run_is_not_overwritten(

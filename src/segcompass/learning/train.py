@@ -33,7 +33,7 @@ from segcompass.learning.engine.distributed import World, local_ranks, start
 from segcompass.learning.engine.launch import launch, wanted_ranks
 from segcompass.learning.engine.lora import merged_state
 from segcompass.learning.engine.sharding import full_state
-from segcompass.learning.engine.states import saved_states
+from segcompass.learning.engine.states import saved_states, saved_step
 from segcompass.learning.fit import check_policy, check_sae
 from segcompass.learning.planning.features import limit_pixels
 from segcompass.learning.train_joint import train_joint
@@ -88,7 +88,9 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> No
             training_samples(config.data, run=config.run)  # bad data ends the run here, not later
         world.barrier()
         for name in names:
-            STAGES[name](config)
+            if not is_done(name, config):  # of all ranks alike: they see the same files
+                STAGES[name](config)
+            world.barrier()
 
 
 def _refuse_overwriting(folder: Path, stages: list[str]) -> None:
@@ -99,6 +101,21 @@ def _refuse_overwriting(folder: Path, stages: list[str]) -> None:
                 f"{state} is from an earlier run; pass --resume to continue it, "
                 "set another `run` folder, or delete it"
             )
+
+
+def is_done(stage: str, config: RunConfig) -> bool:
+    """Whether an earlier run took all steps of a stage, and wrote what the stage hands on."""
+    result = {"warmup": "policy", "joint": _finished(config), "scorer": "model"}.get(stage, stage)
+    loops = {"warmup": ("warmup-vision", "warmup-language")}.get(stage, (stage,))
+    settings = {name: getattr(config, f"train_{name.removeprefix('warmup-')}") for name in loops}
+    asked = {config.run / "stages" / name: loop.steps for name, loop in settings.items() if loop}
+    taken = all(saved_step(folder) >= steps for folder, steps in asked.items())
+    return bool(asked) and taken and (config.run / result).is_dir()
+
+
+def _finished(config: RunConfig) -> str:
+    """What the joint stage's model is called."""
+    return "model" if config.train_scorer is None else "source"
 
 
 def write_data(config: RunConfig) -> None:
@@ -165,7 +182,7 @@ def run_joint(config: RunConfig) -> Path:
     encoder = ImageEncoder(as_sam(sam, f"the segmenter of {config.run}"))
     folder = config.run / "stages/joint"
     train_joint(policy, encoder, interface, config, stage, folder, before)
-    return keep("model" if config.train_scorer is None else "source")
+    return keep(_finished(config))
 
 
 def run_scorer(config: RunConfig) -> Path:

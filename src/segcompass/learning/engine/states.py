@@ -46,6 +46,12 @@ def latest_state(folder: Path) -> Path | None:
     return max(saved_states(folder), key=_step, default=None)
 
 
+def saved_step(folder: Path) -> int:
+    """Steps that the newest state in a stage's folder has taken; 0 where there is none."""
+    path = latest_state(folder)
+    return 0 if path is None else _step(path)
+
+
 def _step(path: Path) -> int:
     if path.is_dir():
         return int(path.name.removeprefix("state-"))
