@@ -65,7 +65,7 @@ def row(name: str) -> dict[str, Any]:
             "interface": name,
             "seeds": 2,
             "samples": 500,
-            "by_kind": {"spatial": 0.25},
+            "by_kind": {"spatial": {"giou": 0.25}},
         },
         **{"reasoning_target_accuracy": 0.7, "format_valid": 1.0, "giou_by_seed": [0.4, 0.6]},
         **{"seconds": 0.4, "memory": 41e6, "parameters": 1_234_567, "explanations": ["heatmaps"]},

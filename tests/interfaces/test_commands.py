@@ -18,6 +18,7 @@ from segcompass.apps.web_frames import answer_frame
 from segcompass.data.samples import read_dataset
 from segcompass.evaluation.footprint import explanations_of
 from segcompass.learning.arms import Experiment
+from segcompass.learning.engine.loop import Loop
 
 ONE = {"policy": {"use": {"prompt": {"slots": 1}}}}
 MAPPER = {"mapper": {"heads": 2, "head_width": 8}}
@@ -64,7 +65,12 @@ def run(*words: str) -> str:
 
 def write_config(name: str, warm_config: Path, folder: Path) -> Path:
     """A run of one interface, which begins with the warm parts: told answers, then rollouts."""
-    joint = {"steps": 2, "oracle_steps": 1, "rollout": {"group": 2, "forced_steps": 1}}
+    joint = {
+        "steps": 2,
+        "save_every": 1,
+        "oracle_steps": 1,
+        "rollout": {"group": 2, "forced_steps": 1},
+    }
     experiment = Experiment.model_validate(
         {
             "config": str(warm_config),
@@ -92,7 +98,6 @@ def test_the_same_commands_serve(
     stages = ["joint", "scorer"] if name == "candidate_rerank" else ["joint"]
     for word in stages:
         run("train", word, str(path))
-        run("train", word, str(path), "--resume")
     folder = tmp_path / f"{name}-0"
     log = (folder / "stages/joint/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2]
@@ -113,3 +118,29 @@ def test_the_same_commands_serve(
     answer = loaded.predict(sample.image_path, sample.instruction, threshold=0.0)
     assert {*explanations_of([answer])} == SHOWS[name]
     assert sample.instruction.split()[0] in answer_frame(replace(answer, source="a.png"))
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name != "candidate_rerank"])
+def test_killed_and_resumed_equals_uninterrupted(
+    name: str, warm_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge's stage has a test of its own; its source is one of these."""
+    straight, cut = (write_config(name, warm_config, tmp_path / at) for at in ("straight", "cut"))
+    run("train", "joint", str(straight))
+    plain = Loop._one_step
+
+    def dies(self: Loop, *arguments: Any) -> Any:
+        if self.step == 1:
+            raise KeyboardInterrupt
+        return plain(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_one_step", dies)
+        killed = CliRunner().invoke(app, ["train", "joint", str(cut)])
+    assert killed.exit_code == 130, killed.stderr
+    assert not (cut.parent / f"{name}-0/model").exists()
+    run("train", "joint", str(cut), "--resume")
+    one, other = (path.parent / f"{name}-0/model" for path in (straight, cut))
+    files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
+    assert Path("policy/model.safetensors") in files
+    assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)

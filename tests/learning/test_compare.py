@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from recipes import STEPS
 from typer.testing import CliRunner
@@ -18,7 +19,9 @@ from segcompass.io.errors import ConfigError, DataError
 from segcompass.learning import arms, train
 from segcompass.learning.arms import load_experiment
 from segcompass.learning.compare import compare, varied
+from segcompass.learning.engine.distributed import World
 from segcompass.learning.engine.loop import Loop
+from segcompass.learning.engine.states import write_state
 from segcompass.model_folder import load_parts
 from segcompass.pipeline import SegCompass
 from segcompass.types import Sample
@@ -138,8 +141,36 @@ def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("change", ["common.train_joint.steps=9", "from=elsewhere", "stages=[sae]"])
 def test_a_run_that_began_otherwise_is_refused(change: str, done: Path) -> None:
-    with pytest.raises(ConfigError, match=r"concept_slots-0\.yaml was another when"):
+    with pytest.raises(ConfigError, match=r"concept_slots-0 began with other settings"):
         load_experiment(done.parent / "compare.yaml", [change])
+
+
+def test_a_run_that_began_with_other_parts_is_refused(
+    warm_config: Path, scenes_root: Path, tmp_path: Path
+) -> None:
+    """The folder is the same, what lies there is not: the rest would begin with other weights."""
+    parts = tmp_path / "parts"
+    shutil.copytree(warm_config.parent / "run/policy", parts / "policy")
+    path, lent = write_experiment(tmp_path, warm_config, scenes_root), [f"from={parts}"]
+    load_experiment(path, lent)
+    (tmp_path / "out/concept_slots-0").mkdir()
+    load_experiment(path, lent)
+    (parts / "policy/config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"concept_slots-0 began with .* other parts"):
+        load_experiment(path, lent)
+
+
+def test_a_part_that_two_stages_trained_counts_once(tmp_path: Path) -> None:
+    wide, narrow = torch.zeros(4, 5), torch.zeros(3)
+    for name, parts in {
+        "language": {"policy.lower": wide, "policy.upper": narrow},
+        "vision": {"tower.a": narrow, "heads.a": wide},
+        "joint": {"policy.upper": narrow, "head.a": narrow, "place.a": wide},
+    }.items():
+        (tmp_path / name).mkdir()
+        masters = {f"master/{key}": tensor.clone() for key, tensor in parts.items()}
+        write_state(tmp_path / name, 1, masters, {}, World.current())
+    assert arms.trained_parameters(tmp_path.iterdir()) == 23 + 3 + 3  # policy, tower, head
 
 
 def test_all_runs_are_checked_before_any_begins(
@@ -156,10 +187,14 @@ def test_all_runs_are_checked_before_any_begins(
 def test_an_arm_lies_over_what_is_common_and_that_over_the_config(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text("head: {codebook_width: 8}\nthreads: 1\ntrain_joint: {steps: 1, batch: 4}\n")
-    arm = {"train_joint": {"batch": 5, "start": "{out}/other-{seed}/model"}}
+    arm = {
+        "train_joint": {"batch": 5, "start": "{out}/other-{seed}/model"},
+        "policy": {"source": "{from}/policy"},
+    }
     experiment = arms.Experiment.model_validate(
         {
-            **{"config": base, "out": "runs/x", "seeds": [0, 7], "eval": {"data": "data"}},
+            **{"config": base, "out": "runs/x", "from": "warm", "seeds": [0, 7]},
+            "eval": {"data": "data"},
             "common": {"train_joint": {"steps": 2}},
             "arms": {"own": {**arm, "eval": {"limit": 3}}, "else": {"interface": "latent_query"}},
         }
@@ -167,7 +202,7 @@ def test_an_arm_lies_over_what_is_common_and_that_over_the_config(tmp_path: Path
     joint = {"steps": 2, "batch": 5, "start": "runs/x/other-7/model"}
     assert experiment.settings("own", 7) == {
         **{"head": {"codebook_width": 8}, "threads": 1, "train_joint": joint},
-        **{"run": "runs/x/own-7", "seed": 7},
+        **{"policy": {"source": "warm/policy"}, "run": "runs/x/own-7", "seed": 7},
     }
     assert "head" not in experiment.settings("else", 0)
     assert (experiment.judge("own").limit, experiment.judge("else").limit) == (3, None)
@@ -191,7 +226,7 @@ def test_a_finished_model_is_judged_as_it_is(
     compare(load_experiment(path, ["arms.given.eval.threshold=null"]))
     for shown in (folder / "shown").glob("*.json"):  # are given anew as well
         assert json.loads(shown.read_text())["threshold"] == 0.5
-    with pytest.raises(ConfigError, match=r"given\.yaml was another when"):
+    with pytest.raises(ConfigError, match=r"given began with other settings"):
         load_experiment(path, ["arms.given.model=another"])
 
 

@@ -8,10 +8,12 @@ What is done is not done again; what was killed goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from segcompass.evaluation.benchmark import evaluate
+from segcompass.io.checkpoints import folder_hashes
 from segcompass.io.errors import ConfigError
 from segcompass.io.progress import progress
 from segcompass.io.settings import merged
@@ -28,7 +31,8 @@ from segcompass.learning.engine.states import SavedState, latest_state
 from segcompass.pipeline import SegCompass
 
 PARTS = {"segmenter": "segmenter", "warmup": "policy", "sae": "sae"}  # by the stage that makes them
-THROWN_AWAY = "master/place"  # a head that only training needs
+MASTER = "master/"  # before the names of trained weights in a state
+THROWN_AWAY = {"place", "heads"}  # parts that only training needs
 TRAINED = "trained.json"
 
 
@@ -48,8 +52,8 @@ class JudgeConfig(BaseModel, frozen=True, extra="forbid"):
 class Arm(BaseModel, frozen=True, extra="allow"):
     """One way to train: all keys but these are settings of a run, over those of all arms.
 
-    In texts, ``{out}`` and ``{seed}`` stand for the experiment's folder and the run's seed, so that
-    an arm can begin with what another one made.
+    In texts, ``{out}``, ``{from}`` and ``{seed}`` stand for the experiment's folder, the folder of
+    the shared parts and the run's seed, so that an arm can begin with what another one made.
     """
 
     model: str | None = Field(None, description="judge this finished model instead of training")
@@ -92,7 +96,7 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
 
     def settings(self, name: str, seed: int) -> dict[str, Any]:
         """A run's settings: the base config's, those of all arms, and its own."""
-        texts = {"{out}": str(self.out), "{seed}": str(seed)}
+        texts = {"{out}": str(self.out), "{from}": str(self.source), "{seed}": str(seed)}
         own = {**_filled(self.arms[name].model_extra or {}, texts), "seed": seed}
         shared = merged(read_settings(self.config), self.common)
         if "interface" in own:  # whose head has settings of its own
@@ -117,19 +121,26 @@ def load_experiment(path: Path, overrides: list[str] | None = None) -> Experimen
             for e in error.errors()
         )
         raise ConfigError(f"{path}: {problems}") from error
+    parts = "nothing" if experiment.source is None else _parts(experiment.source)
     for name, arm in experiment.arms.items():
         if arm.model is not None:
             (folder,) = experiment.runs(name)
             _claim(folder, yaml.safe_dump({"model": arm.model}))
             continue
-        origin = (
-            f"# from {experiment.source}, stages {', '.join(arm.stages or experiment.stages)}\n"
-        )
+        origin = f"# from {parts}, stages {', '.join(arm.stages or experiment.stages)}\n"
         for folder, seed in zip(experiment.runs(name), experiment.seeds, strict=True):
             settings = yaml.safe_dump(experiment.settings(name, seed), sort_keys=False)
             _claim(folder, origin + settings)
             load_config(config_of(folder))
     return experiment
+
+
+def _parts(source: Path) -> str:
+    """A folder of shared parts, and which parts exactly it holds now."""
+    hashes = {
+        part: folder_hashes(source / part) for part in PARTS.values() if (source / part).is_dir()
+    }
+    return f"{source} ({hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]})"
 
 
 def config_of(folder: Path) -> Path:
@@ -142,7 +153,8 @@ def _claim(folder: Path, text: str) -> None:
     path = config_of(folder)
     if folder.exists() and path.exists() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(
-            f"{path} was another when {folder} began; set another `out`, or delete both"
+            f"{folder} began with other settings or other parts than {path} would have now; set "
+            "another `out`, or delete both"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -174,7 +186,7 @@ def model_of(experiment: Experiment, name: str, folder: Path) -> str | Path:
             _begin_with(experiment.source, folder, stages)
         for stage in stages:
             train.run(stage, config_of(folder), [], resume=True)
-        count = sum(trained_parameters(f) for s in stages for f in folder.glob(f"stages/{s}*"))
+        count = trained_parameters([f for s in stages for f in folder.glob(f"stages/{s}*")])
         (folder / TRAINED).write_text(json.dumps({"parameters": count}) + "\n")
     return folder / "model"
 
@@ -188,14 +200,20 @@ def _begin_with(source: Path, folder: Path, stages: Sequence[str]) -> None:
             here.symlink_to(there.resolve(), target_is_directory=True)
 
 
-def trained_parameters(stage: Path) -> int:
-    """How many parameters a stage has trained, from the last state in its folder."""
-    path = latest_state(stage)
-    if path is None:
-        return 0
-    with SavedState(path) as state:
-        shapes = {key: s for key, s in state.shapes.items() if key.startswith("master/")}
-    return sum(math.prod(s) for key, s in shapes.items() if not key.startswith(THROWN_AWAY))
+def trained_parameters(stages: Iterable[Path]) -> int:
+    """How many parameters stages have trained, from the last states in their folders.
+
+    A part that several stages trained counts once: as much of it as one of them moved.
+    """
+    most: Counter[str] = Counter()
+    for path in filter(None, map(latest_state, stages)):
+        with SavedState(path) as state:
+            shapes = {key: s for key, s in state.shapes.items() if key.startswith(MASTER)}
+        moved: Counter[str] = Counter()
+        for key, shape in shapes.items():
+            moved[key.removeprefix(MASTER).partition(".")[0]] += math.prod(shape)
+        most |= moved  # the larger of both, part by part
+    return sum(count for part, count in most.items() if part not in THROWN_AWAY)
 
 
 def _filled(value: Any, texts: Mapping[str, str]) -> Any:

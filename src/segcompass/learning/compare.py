@@ -45,6 +45,7 @@ def compare(
     for name in experiment.arms:
         if _samples_of(experiment.judge(name)) != _samples_of(experiment.eval):
             raise ConfigError(f"arms.{name}.eval: all arms of a comparison have the same samples")
+    samples = [sample.sample_id for sample in _asked(experiment)]
     rows = []
     for name in experiment.arms:
         runs = []
@@ -52,7 +53,7 @@ def compare(
             told(f"{folder.name}: training, judging, measuring what is not done yet")
             figures = run_arm(experiment, name, folder)
             runs.append(_judged(experiment, name, folder, {key: figures[key] for key in ANSWERED}))
-        rows.append(comparison.compare(name, runs))
+        rows.append(comparison.compare(name, runs, samples))
     return rows
 
 
@@ -67,9 +68,13 @@ def shown_file(folder: Path, sample: Sample) -> Path:
 
 def shown_samples(experiment: Experiment) -> list[Sample]:
     """The samples that are measured and shown: the first of every kind of question in turn."""
-    asked = experiment.eval
-    split = Split.read(asked.data, asked.split, layout=asked.layout, limit=asked.limit)
-    return varied(split.samples)[: experiment.shown]
+    return varied(_asked(experiment))[: experiment.shown]
+
+
+def _asked(experiment: Experiment) -> list[Sample]:
+    """All samples that the arms are judged on."""
+    judge = experiment.eval
+    return Split.read(judge.data, judge.split, layout=judge.layout, limit=judge.limit).samples
 
 
 def varied(samples: Sequence[Sample]) -> list[Sample]:
