@@ -15,6 +15,8 @@ from PIL import Image
 from tiny import LATENTS, WIDTH
 
 from segcompass.interfaces.base import PATHS
+from segcompass.interfaces.candidate_rerank import CandidateRerank, CandidateRerankConfig
+from segcompass.interfaces.candidates import CandidateConfig
 from segcompass.io.errors import ImageError
 from segcompass.pipeline import SegCompass
 from segcompass.types import Prediction, Status, TokenKind
@@ -287,6 +289,17 @@ def test_both_paths_are_the_default(model: SegCompass, asked: dict[str, Predicti
 def test_a_path_that_there_is_not(model: SegCompass) -> None:
     with pytest.raises(ValueError, match=r"both.*tokens.*concepts.*'words'"):
         model.predict(picture(4, 4), "the mug", paths="words")
+
+
+def test_a_reranked_source_keeps_its_paths(model: SegCompass, asked: dict[str, Prediction]) -> None:
+    nobody: Any = None  # judges: the direct mask is the only candidate
+    alone = CandidateConfig(sources=("direct",))
+    config = CandidateRerankConfig(head=model.interface.config, candidates=alone)
+    interface = CandidateRerank(config, model.interface, nobody)
+    reranked = SegCompass(model.policy, model.encoder, interface, name=model.name)
+    for paths in ("tokens", "concepts"):
+        found = reranked.predict(picture(33, 47), "the red mug", paths=paths)
+        assert np.array_equal(found.slot_queries, asked[paths].slot_queries)
 
 
 @pytest.fixture

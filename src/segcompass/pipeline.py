@@ -107,12 +107,18 @@ class SegCompass(nn.Module):
 
         Raises:
             ImageError: if a picture cannot be read.
-            ValueError: if an instruction is empty or too long, the counts differ, or a setting
-                is out of range.
+            ValueError: if an instruction is empty or too long, the counts differ, a setting is out
+                of range, or one path is asked for where the interface has no two.
         """
         cut = self.threshold if threshold is None else threshold
         if not 0 <= cut <= 1 or paths not in PATHS:
             raise ValueError(f"want a threshold in [0, 1] and one of {[*PATHS]}: {cut}, {paths!r}")
+        if paths != "both" and not self.interface.has_paths:
+            raise ValueError(
+                f"paths {paths!r}: a model of the interface {self.interface.name} has no path of "
+                "concepts that could be cut off or kept; leave it at 'both', or take a model of "
+                "the interface concept_slots"
+            )
         clock = Clock()
         pictures = [load_image(image) for image in images]
         visuals = [self.policy.backbone.prepare(picture) for picture in pictures]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import policy_config, tiny_sam
 from typer.testing import CliRunner
 
 from segcompass.apps.cli import app
@@ -21,11 +22,21 @@ from segcompass.explain.intervene import Edit, intervene
 from segcompass.explain.provenance import provenance
 from segcompass.io.errors import DataError
 from segcompass.io.outputs import save
+from segcompass.model_folder import ModelConfig, build_interface, save_model
 from segcompass.pipeline import SegCompass
+from segcompass.reasoning.loading import load_policy
 from segcompass.types import Prediction, Sample
 
 pytest.importorskip("matplotlib")
 TABLES = ("activation_patterns", "instance_coverage", "samples", "heatmap", "sae_error")
+OTHERS = {  # interfaces without concepts: head, and how the policy is asked
+    "concentration_token": ({"mapper": {"heads": 2, "head_width": 8}}, {"slots": 1}),
+    "latent_query": ({"confidence_width": 8}, {"slots": 1}),
+    "text_readout": (
+        {"canvas": {"side": 100}},
+        {"slots": 2, "form": "objects", "canvas_side": 100},
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +146,61 @@ def test_cards_and_faithfulness_in_one_run(
     assert mean == {scalar: figures["mean"] for scalar, figures in found["residual"].items()}
     told = {words[0] for line in result.stdout.splitlines() if (words := line.split())}
     assert {"residual.confidence.mean", "residual.mask.largest", "named_concepts.changed"} <= told
+
+
+def write_other(name: str, tiny_model: Path, folder: Path) -> Path:
+    """A model folder of an interface without concepts, around the tiny policy."""
+    head, asked = OTHERS[name]
+    use = policy_config("qwen2_5_vl", max_new_tokens=120)
+    use = use.model_copy(update={"prompt": use.prompt.model_copy(update=asked)})
+    config = ModelConfig(name=f"tiny-{name}", interface=name, head=head, policy=use)
+    policy, sam = load_policy(tiny_model / "policy", use), tiny_sam()
+    save_model(folder, config, policy, sam, build_interface(config, policy, sam, None))
+    return folder
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_interfaces_are_analysed_as_far_as_they_show_anything(
+    name: str, tiny_model: Path, scenes_root: Path, tmp_path: Path
+) -> None:
+    """Answers are held to their form beforehand, so that there is something to correlate."""
+    folder, out = write_other(name, tiny_model, tmp_path / "model"), tmp_path / "out"
+    model, samples = SegCompass.from_pretrained(folder), read_dataset(scenes_root, "val")
+    for sample in samples:
+        made = model.predict(sample.image_path, sample.instruction, threshold=0.0)
+        save(replace(made, source=str(sample.image_path)), tmp_path / "answers")
+    asked = ["analyze", "--model", str(folder), "--data", str(scenes_root), "--out", str(out)]
+    result = CliRunner().invoke(app, [*asked, "--predictions", str(tmp_path / "answers")])
+    assert result.exit_code == 0, result.output
+
+    summary = json.loads((out / "summary.json").read_text())
+    absent = {"concepts": ["activation_patterns", "instance_coverage", "sae_error"]}
+    pairs = {"thought_mask", "answer_mask"}
+    heatmaps = {"heatmap", "thought_heatmap", "answer_heatmap"}
+    if name == "concentration_token":
+        pairs |= heatmaps
+    else:
+        absent["heatmaps"] = ["heatmap", "thought_heatmap", "answer_heatmap"]
+    assert summary["absent"] == absent
+    assert {path.stem for path in out.glob("*.svg")} == pairs | {"panels", "answer_ranges"}
+    with_target = sum(bool(sample.targets) for sample in samples)
+    assert {pair: facts["n"] for pair, facts in summary["correlations"].items()} == dict.fromkeys(
+        pairs, with_target
+    )
+    for row in summary["answer_ranges"]:
+        assert ("heatmap_iou" in row) == (name == "concentration_token")
+    for part, figures in absent.items():
+        assert f"the answers show no {part}: {', '.join(figures)}\n" in result.stdout
+
+
+@pytest.mark.parametrize("option", ["--cards", "--faithfulness"])
+def test_what_needs_concepts_is_refused_before_anything_is_answered(
+    option: str, tiny_model: Path, scenes_root: Path, tmp_path: Path
+) -> None:
+    folder = write_other("latent_query", tiny_model, tmp_path / "model")
+    asked = ["analyze", "--model", str(folder), "--data", str(scenes_root), option]
+    asked += ["--out", str(tmp_path / "out"), "--predictions", str(tmp_path / "answers")]
+    result = CliRunner().invoke(app, asked)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "error: a model of the interface latent_query has no concepts" in result.stderr
+    assert not (tmp_path / "answers").exists() and not (tmp_path / "out").exists()

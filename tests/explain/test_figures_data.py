@@ -11,11 +11,13 @@ from synthetic_answers import answer, boxes, sample, square
 
 from segcompass.explain.activation_patterns import ActivationPatterns
 from segcompass.explain.correlation import (
+    SHOWS,
     Quality,
     by_answer,
     correlations,
     quality,
     right_and_wrong,
+    shows,
 )
 from segcompass.explain.instance_coverage import PERCENT, InstanceCoverage, coverage
 from segcompass.explain.intervals import bootstrap, fit_line
@@ -145,6 +147,22 @@ def test_a_malformed_answer_has_no_heatmap_and_no_dice() -> None:
     assert (row.mask_iou, row.heatmap_iou, row.dice_loss) == (0, None, None)
 
 
+def test_one_slot_is_held_against_all_targets_together() -> None:
+    both = square(0, 0, 20, 20) | square(20, 20, 40, 40)
+    row = quality(sample(0, square(0, 0, 20, 20), square(20, 20, 40, 40)), answer({}, found=both))
+    assert row.mask_iou == 1
+    assert row.dice_loss == pytest.approx(0, abs=2e-3)
+
+
+def test_an_answer_without_heatmaps_and_concepts_is_judged_by_its_mask() -> None:
+    bare = dict.fromkeys(("codes", "sae_errors", "slot_heatmaps", "heatmap_logits"))
+    said = replace(answer({}, found=square(0, 0, 10, 10)), **bare)
+    row = quality(sample(0, square(0, 0, 10, 20)), said)
+    assert shows(said) == set() and shows(answer({})) == {*SHOWS}
+    assert (row.mask_iou, row.heatmap_iou, row.dice_loss, row.sae_error) == (0.5, None, None, None)
+    assert row.counts and not quality(sample(0), said).counts
+
+
 def test_thoughts_are_judged_by_the_names_they_hold() -> None:
     oracle = "I see red mug b4, blue mug c5. So the answer is red mug b4."
     assert thought_f1(oracle, oracle) == 1
@@ -170,19 +188,29 @@ def test_conclusions_are_judged_by_the_things_they_name() -> None:
 
 def _rows(n: int = 20) -> list[Quality]:
     return [
-        Quality(str(i), i, "ok", mask_iou=i / n, heatmap_iou=i / n / 2, dice_loss=1 - i / n,
-                sae_error=float(i % 7), thought_f1=0.5, answer_f1=float(i >= 10))
+        Quality(str(i), i, "ok", targets=1, mask_iou=i / n, heatmap_iou=i / n / 2,
+                dice_loss=1 - i / n, sae_error=float(i % 7), thought_f1=0.5,
+                answer_f1=float(i >= 10))
         for i in range(n)
     ]  # fmt: skip
 
 
 def test_correlations_of_what_both_sides_have() -> None:
-    rows = [*_rows(), replace(_rows()[0], heatmap_iou=None), replace(_rows()[0], dice_loss=None)]
+    first, *_ = _rows()
+    rows = [*_rows(), replace(first, heatmap_iou=None), replace(first, targets=0)]
+    rows.append(replace(first, status="malformed"))
     found = {pair.name: pair for pair in correlations(rows)}
     line = found["heatmap"].line
     assert line is not None
     assert (line.n, line.r, line.slope) == pytest.approx((20, 1, 2))
     assert found["thought_mask"].summary() == {"n": 21}  # one value of x: no line
+
+
+def test_without_heatmaps_masks_remain() -> None:
+    found = {pair.name: len(pair.x) for pair in correlations(_rows(), ())}
+    assert found == {"thought_mask": 20, "answer_mask": 20}
+    full, bare = by_answer(_rows()), by_answer(_rows(), ())
+    assert [{k: v for k, v in row.items() if "heatmap" not in k} for row in full] == bare
 
 
 def test_masks_by_range_and_by_right_conclusions() -> None:

@@ -20,11 +20,18 @@ from segcompass.interfaces.candidate_rerank import (
 )
 from segcompass.interfaces.candidates import Candidate, CandidateConfig, iou
 from segcompass.io.checkpoints import PARTS
+from segcompass.io.errors import ConfigError
 from segcompass.model_folder import ModelConfig, load_parts, save_model
 from segcompass.pipeline import SegCompass
 from segcompass.reasoning.loading import load_policy
 from segcompass.reasoning.policy import PolicyConfig
-from segcompass.reasoning.prompts import PromptConfig
+from segcompass.reasoning.prompts import (
+    NANO_TEMPLATE,
+    OBJECT_QUESTION,
+    SCORE_TEMPLATES,
+    PromptConfig,
+    qwen_template,
+)
 from segcompass.reasoning.scorer import PolicyScorer
 from segcompass.types import Prediction, Score, Status
 
@@ -119,12 +126,33 @@ def test_a_source_that_is_never_compared_with_is_refused() -> None:
         CandidateConfig(sources=("slot", "heatmap"))
 
 
-def test_the_judge_is_asked_as_the_source_is_unless_told_otherwise() -> None:
-    use = policy_config("llava", max_new_tokens=77)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+def test_the_judge_is_asked_for_a_score_in_the_chat_of_the_source(family: str) -> None:
+    use = policy_config(family, max_new_tokens=77)
     asked = CandidateRerankConfig().asking(use)
-    assert asked.prompt.form == "score" and use.prompt.form == "slots"
-    as_source = asked.prompt.model_copy(update={"form": "slots"})
+    assert (asked.prompt.form, asked.prompt.template) == ("score", SCORE_TEMPLATES[family])
+    source = use.prompt.model_dump(include={"form", "template"})
+    as_source = asked.prompt.model_copy(update=source)
     assert asked.model_copy(update={"prompt": as_source}) == use
+
+
+def test_a_source_that_is_asked_for_objects_has_a_judge_that_is_asked_for_a_score() -> None:
+    prompt = PromptConfig(template=qwen_template(OBJECT_QUESTION), form="objects")
+    asked = CandidateRerankConfig().asking(PolicyConfig(prompt=prompt, stretch_to=840))
+    assert asked.prompt.template == SCORE_TEMPLATES["qwen2_5_vl"]
+    assert (asked.prompt.form, asked.stretch_to) == ("score", 840)
+
+
+def test_nanos_judge_is_asked_without_words() -> None:
+    asked = CandidateRerankConfig().asking(PolicyConfig())
+    assert asked == PolicyConfig(prompt=PromptConfig(form="score"))
+    assert asked.prompt.template == NANO_TEMPLATE
+
+
+def test_a_source_with_a_chat_of_its_own_does_not_tell_how_to_ask_the_judge() -> None:
+    use = PolicyConfig(prompt=PromptConfig(template="{image} Where is {instruction}?"))
+    with pytest.raises(ConfigError, match=r"Where is .* head\.scorer"):
+        CandidateRerankConfig().asking(use)
     own = PolicyConfig(prompt=PromptConfig(form="score"))
     assert CandidateRerankConfig(scorer=own).asking(use) == own
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import WIDTH, tiny_sam
 from torch import Tensor
 
-from segcompass.geometry import Canvas, Frame
+from segcompass.geometry import Canvas, Fit, Frame, pad_to_square
 from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.interfaces.base import Material
 from segcompass.interfaces.readout import read_out
 from segcompass.interfaces.registry import find
 from segcompass.interfaces.text_readout import TextReadout, TextReadoutConfig
-from segcompass.reasoning.prompts import ParsedAnswer
+from segcompass.reasoning.backbones import QwenBackbone
+from segcompass.reasoning.policy import PolicyConfig
+from segcompass.reasoning.prompts import ParsedAnswer, PromptConfig
 from segcompass.types import ReasoningBatch, Status
 
 SIDE = 64  # of the segmenter's frame
@@ -70,6 +78,56 @@ def test_a_centred_canvas_by_hand() -> None:
     (prompts,) = square.read([answer('[{"bbox_2d":[10,30,50,60],"point_2d":[30,0]}]')], [FRAME])
     np.testing.assert_allclose(prompts.boxes, [[8, 4, 40, 28]])
     np.testing.assert_allclose(prompts.points, [[[24, 0]]])  # it lay in the padding
+
+
+SQUARE = TextReadout(TextReadoutConfig(canvas=Canvas(840, "square")), MaskDecoder(tiny_sam()))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    hw=st.tuples(st.integers(1, 840), st.integers(1, 840)),
+    seed=st.integers(0, 999),
+)
+def test_what_is_seen_in_a_centred_picture_comes_back_to_it(hw: tuple[int, int], seed: int) -> None:
+    """A mark is looked up where the policy sees it, and written down in whole numbers."""
+    draw = np.random.default_rng(seed)
+    (y0, x0), image = (draw.integers(side) for side in hw), np.zeros((*hw, 3), np.uint8)
+    y1, x1 = (draw.integers(low + 1, side + 1) for low, side in zip((y0, x0), hw, strict=True))
+    image[y0:y1, x0:x1] = 255
+    seen = pad_to_square(image, (0, 0, 0))[..., 0]
+    rows, columns = np.nonzero(seen)
+    edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+    box = edges * 840 / len(seen)
+    point = (box[:2] + box[2:]) / 2
+    written = {"bbox_2d": box.round().tolist(), "point_2d": point.round().tolist()}
+    (prompts,) = SQUARE.read([answer(json.dumps([written]))], [Frame.fit(hw, SIDE)])
+    assert np.abs(prompts.boxes[0] - [x0, y0, x1, y1]).max() < 1
+    assert np.abs(prompts.points[0, 0] - [(x0 + x1) / 2, (y0 + y1) / 2]).max() < 1
+
+
+@pytest.mark.parametrize(
+    ("pad", "stretch_to", "fit"),
+    [
+        (True, None, "square"),
+        (True, 840, "square"),
+        (False, 840, "stretch"),
+        (False, None, "stretch"),
+    ],
+)
+def test_the_canvas_is_what_the_policy_sees(pad: bool, stretch_to: int | None, fit: Fit) -> None:
+    model: Any = None
+    backbone = QwenBackbone(model, None, pad, stretch_to)
+    assert backbone._fit(np.zeros((40, 80, 3), np.uint8)) == fit
+    prompt = PromptConfig(form="objects", canvas_side=100)
+    use = PolicyConfig(prompt=prompt, pad_to_square=pad, stretch_to=stretch_to)
+    policy: Any = SimpleNamespace(config=use)
+    material = Material(MaskDecoder(tiny_sam()), WIDTH, 0, policy=policy)
+    TextReadout.build(TextReadoutConfig(canvas=Canvas(100, fit)), material)
+    other: Fit = "stretch" if fit == "square" else "square"
+    with pytest.raises(ValueError, match=f"of fit {fit}, and head.canvas.fit reads .* {other}"):
+        TextReadout.build(TextReadoutConfig(canvas=Canvas(100, other)), material)
+    with pytest.raises(ValueError, match=r"canvas of 100 px .* read on one of 90 px"):
+        TextReadout.build(TextReadoutConfig(canvas=Canvas(90, fit)), material)
 
 
 def test_missing_objects_and_points_are_nan(readout: TextReadout) -> None:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from tiny import WIDTH, policy_config, tiny_sam
 from torch import Tensor
+from typer.testing import CliRunner
 
 from segcompass import SegCompass
+from segcompass.apps.cli import app
 from segcompass.geometry import Frame
+from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.interfaces.base import Interface
 from segcompass.interfaces.registry import find
 from segcompass.io import masks
@@ -160,3 +163,17 @@ def test_a_saved_model_answers_as_before(
     assert (result.interface, result.slot_masks.shape) == (config.interface, (1, 48, 64))
     assert result.codes is None
     assert (result.slot_heatmaps is None) == (config.interface == "latent_query")
+
+
+def test_a_path_alone_is_refused_where_there_are_no_two(
+    config: ModelConfig, policy: Policy, interface: Interface, scenes_root: Path, tmp_path: Path
+) -> None:
+    model = SegCompass(policy, ImageEncoder(tiny_sam()), interface)
+    for paths in ("tokens", "concepts"):
+        with pytest.raises(ValueError, match=f"'{paths}'.* interface {config.interface} has no"):
+            model.predict(np.zeros((8, 8, 3), np.uint8), "the mug", paths=paths)
+    save_model(tmp_path / "model", config, policy, tiny_sam(), interface)
+    words = ["eval", "--model", str(tmp_path / "model"), "--data", str(scenes_root)]
+    result = CliRunner().invoke(app, [*words, "--split", "val", "--paths", "concepts"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "error: paths 'concepts': a model of the interface" in result.stderr

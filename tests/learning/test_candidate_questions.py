@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import launch
 
 from segcompass.data.samples import read_dataset
@@ -48,28 +50,50 @@ def test_what_candidates_deserve_by_hand() -> None:
     assert deserved(ignoring, [columns(0, 1, 2, 4)]) == [9]
 
 
-def test_questions_are_kept_apart_by_pictures() -> None:
-    questions = [
-        Question(Sample(str(i), Path(f"{i // 3}.jpg"), i, (3, 9), "it", ()), [], [], False)
-        for i in range(30)
+def about(pictures: Sequence[int]) -> list[Sample]:
+    """Samples about these pictures."""
+    return [
+        Sample(str(i), Path(f"{picture}.jpg"), i, (3, 9), "it", ())
+        for i, picture in enumerate(pictures)
     ]
-    training, apart = set_apart(questions, 0.2, seed=5)
-    pictures = [{one.sample.image_path for one in part} for part in (training, apart)]
-    assert (len(training), len(apart)) == (24, 6) and not pictures[0] & pictures[1]
-    assert sorted(training + apart, key=lambda one: int(one.sample.sample_id)) == questions
-    assert set_apart(questions, 0.2, seed=5) == (training, apart)
-    assert set_apart(questions, 0.2, seed=6) != (training, apart)
-    assert set_apart(questions, 0.0, seed=5) == (questions, [])
 
 
-def find(model: Path, data: Path, folder: Path, together: int = 1) -> list[Question]:
-    """The candidates of five questions."""
+def test_the_last_samples_are_kept_apart() -> None:
+    samples = about(range(30))
+    assert set_apart(samples, 10, 0.2) == (samples[:8], samples[28:])
+    assert set_apart(samples, 10, 0.0) == (samples[:10], [])
+    for count in (None, 30, 99):
+        assert set_apart(samples, count, 0.2) == (samples[:24], samples[24:])
+
+
+@given(
+    pictures=st.lists(st.integers(0, 12), max_size=40),
+    count=st.none() | st.integers(1, 60),
+    share=st.floats(0, 0.99),
+)
+def test_the_last_samples_are_about_other_pictures(
+    pictures: list[int], count: int | None, share: float
+) -> None:
+    samples = about(pictures)
+    training, apart = set_apart(samples, count, share)
+    wanted = len(samples) if count is None else min(count, len(samples))
+    assert len(apart) == round(share * wanted) and samples[len(samples) - len(apart) :] == apart
+    seen = {one.image_path for one in apart}
+    kept = [one for one in samples[: wanted - len(apart)] if one.image_path not in seen]
+    assert training == kept
+
+
+def find(model: Path, data: Path, folder: Path, apart: int = 0) -> list[Question]:
+    """The candidates of five questions, of which the last ones are kept apart."""
     parts = load_parts(model)
     sources = ("direct", "slot", "heatmap")
     head = CandidateRerankConfig(
         head=parts.config.head, candidates=CandidateConfig(sources=sources, best_of_three=False)
     )
-    return collect(parts, head, read_dataset(data, "train")[:5], folder, together)
+    samples = read_dataset(data, "train")[:5]
+    training, held = collect(parts, head, samples[: 5 - apart], samples[5 - apart :], folder, 1)
+    assert [len(training), len(held)] == [5 - apart, apart]
+    return [*training, *held]
 
 
 def find_on_ranks(model: Path, data: Path, folder: Path) -> list[Question]:
@@ -127,6 +151,8 @@ def test_one_rank_goes_on_where_two_were_killed(
 
     asked.clear()
     assert find(tiny_model, scenes_root, tmp_path) == found and not asked
+    with pytest.raises(ConfigError, match=f"another model or choice .* delete {tmp_path}, or"):
+        find(tiny_model, scenes_root, tmp_path, apart=2)  # a judge there may know these two
     path = tmp_path / CANDIDATES
     path.write_text(path.read_text().replace(samples[2].sample_id, "another"))
     with pytest.raises(ConfigError, match="of other samples"):

@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from published import write_preset
 from recipes import stage, write_config
 from safetensors.torch import load_file
+from tiny import tiny_llava_policy
 
 from segcompass import SegCompass
+from segcompass.data.samples import read_dataset
 from segcompass.interfaces.candidate_rerank import CandidateRerank
-from segcompass.io.errors import ConfigError
+from segcompass.io.errors import CheckpointError, ConfigError
 from segcompass.learning import train
 from segcompass.learning.config import load_config
 from segcompass.learning.engine.loop import Loop
 from segcompass.learning.train_scorer import balanced_indices, source_of
+from segcompass.reasoning.backbones import LlavaBackbone, QwenBackbone
+from segcompass.reasoning.prompts import SCORE_TEMPLATES
 from segcompass.reasoning.scorer import PolicyScorer
 
 SCORER = "scorer/model.safetensors"
@@ -41,7 +46,7 @@ def recipe(folder: Path, data: Path, start: Path | None, **changes: Any) -> Path
     sources = ["direct", "slot", "heatmap"]
     head = {"candidates": {"sources": sources, "best_of_three": False}}
     start_at = None if start is None else str(start)
-    scorer = stage(samples=5, together=2, held_out=0.4, start=start_at)
+    scorer = stage(samples=5, together=2, held_out=0.2, start=start_at)
     changes = {"interface": "candidate_rerank", "head": head, "train_scorer": scorer, **changes}
     return write_config(folder, data, **changes)
 
@@ -74,8 +79,8 @@ def test_the_margin_is_saved_with_the_model_and_the_source_stands(finished: Path
     told = json.loads((finished / "stages/scorer/margin.json").read_text())
     model = SegCompass.from_pretrained(finished / "model", device="cpu")
     assert isinstance(model.interface, CandidateRerank)
-    # Two questions apart are too few to show that a judge of four steps is worth anything.
-    assert (told["questions"], told["given"], told["margin"]) == (2, False, 1.0)
+    # One question apart is too little to show that a judge is worth anything.
+    assert (told["questions"], told["given"], told["margin"]) == (1, False, 1.0)
     assert model.interface.config.margin == 1.0
     assert 0 <= told["source"] == told["chosen"] <= told["best_candidate"] <= 1
     image = np.random.default_rng(0).integers(0, 256, (48, 56, 3), dtype=np.uint8)
@@ -109,9 +114,9 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
     assert len(part.read_text().splitlines()) == 4
     with part.open("a") as file:
         file.write('{"index": 4, "sample": "torn')
-    for kind, name in ((Loop, "save"), (PolicyScorer, "score")):  # … the judge learns, and judges
+    for kind, name, calls in ((Loop, "save", 1), (PolicyScorer, "score", 0)):  # … learns, judges
         with monkeypatch.context() as patch:
-            patch.setattr(kind, name, _fails_after(1, getattr(kind, name)))
+            patch.setattr(kind, name, _fails_after(calls, getattr(kind, name)))
             with pytest.raises(KeyboardInterrupt):
                 train.run("scorer", path, [], resume=True)
     train.run("scorer", path, [], resume=True)
@@ -143,6 +148,75 @@ def test_candidates_of_another_choice_are_refused(
     kept.write_text((finished / "stages/scorer/candidates.jsonl").read_text())
     with pytest.raises(ConfigError, match="another model or choice"):
         train.run("scorer", path, ["head.candidates.each=1"], resume=False)
+
+
+def test_candidates_of_a_judge_that_was_trained_on_other_questions_are_refused(
+    finished: Path, scenes_root: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, scenes_root, tiny_model)
+    kept = tmp_path / "run/stages/scorer/candidates.jsonl"
+    kept.parent.mkdir(parents=True)
+    head, *rows = (finished / "stages/scorer/candidates.jsonl").read_text().splitlines()
+    drawn = {name: value for name, value in json.loads(head).items() if name != "held_out"}
+    kept.write_text("\n".join([json.dumps(drawn), *rows, ""]))
+    with pytest.raises(ConfigError, match=f"another model or choice .* delete {kept.parent}"):
+        train.run("scorer", path, [], resume=False)
+
+
+def test_the_margin_is_found_on_the_last_questions(
+    finished: Path, scenes_root: Path, tiny_model: Path
+) -> None:
+    lines = (finished / "stages/scorer/candidates.jsonl").read_text().splitlines()
+    ids = [sample.sample_id for sample in read_dataset(scenes_root, "train")]
+    assert [json.loads(line)["sample"] for line in lines[1:]] == [*ids[:4], *ids[-1:]]
+    assert json.loads(lines[0])["held_out"] == 1
+
+
+def test_a_second_policy_of_another_family_judges(
+    scenes_root: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    judge = tiny_llava_policy(tmp_path / "llava", seed=5)
+    path = recipe(tmp_path, scenes_root, tiny_model)
+    changes = [f"train_scorer.judge={judge}", "train_scorer.steps=1"]
+    slow = "train_scorer.learning_rate=0.000001"
+    train.run("scorer", path, [*changes, slow, "policy.dtype=float32"], resume=False)
+    mine, was = load_file(tmp_path / "run/model" / SCORER), load_file(judge / "model.safetensors")
+    assert mine.keys() == was.keys()
+    assert all(torch.allclose(mine[name], was[name], atol=1e-4) for name in was)
+    model = SegCompass.from_pretrained(tmp_path / "run/model", device="cpu")
+    assert isinstance(model.interface, CandidateRerank) and model.interface.judge is not None
+    assert isinstance(model.interface.judge.backbone, LlavaBackbone)
+    assert isinstance(model.policy.backbone, QwenBackbone)
+    asked = model.interface.judge.config
+    assert asked == model.interface.config.scorer
+    assert asked.prompt.template == SCORE_TEMPLATES["llava"]
+    image = np.random.default_rng(0).integers(0, 256, (48, 56, 3), dtype=np.uint8)
+    assert model.predict(image, "the red mug").candidates is not None
+
+
+def test_a_judge_that_is_not_there_is_named(
+    scenes_root: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, scenes_root, tiny_model)
+    with pytest.raises(CheckpointError, match="nowhere is no usable policy"):
+        train.run("scorer", path, [f"train_scorer.judge={tmp_path}/nowhere"], resume=False)
+
+
+def test_a_preset_finds_candidates_for_a_copy_of_its_policy(
+    scenes_root: Path, tmp_path: Path
+) -> None:
+    preset = write_preset(tmp_path / "preset")
+    path = recipe(tmp_path, scenes_root, preset)
+    train.run("scorer", path, ["train_scorer.steps=1", "policy.dtype=float32"], resume=False)
+    mine = load_file(tmp_path / "run/model" / SCORER)
+    was = load_file(tmp_path / "preset/Seg-Zero-tiny/model.safetensors")
+    policy = load_file(tmp_path / "run/model/policy/model.safetensors")
+    assert any(not torch.equal(mine[name], was[name]) for name in was)
+    assert all(torch.equal(policy[name], was[name]) for name in was)
+    model = SegCompass.from_pretrained(tmp_path / "run/model", device="cpu")
+    assert isinstance(model.interface, CandidateRerank) and model.interface.judge is not None
+    assert model.interface.source.name == "text_readout"
+    assert model.interface.judge.config.prompt.template == SCORE_TEMPLATES["qwen2_5_vl"]
 
 
 def test_stages_and_the_config_of_the_source(scenes_root: Path, tmp_path: Path) -> None:

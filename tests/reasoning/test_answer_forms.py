@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +11,17 @@ from object_texts import ONE, VARIANTS, WRONG
 from pydantic import ValidationError
 from tiny import prompt_of
 
+from segcompass.grounding.marking import OUTLINE
 from segcompass.reasoning.object_answers import read_objects
-from segcompass.reasoning.prompts import Prompt, PromptConfig, read_score, split_text
+from segcompass.reasoning.prompts import (
+    NANO_TEMPLATE,
+    SCORE_TEMPLATES,
+    Prompt,
+    PromptConfig,
+    read_score,
+    score_template,
+    split_text,
+)
 from segcompass.types import Status, TokenKind
 
 KINDS = ("qwen", "llava", "nano")
@@ -50,6 +61,29 @@ def test_text_has_no_concentration_tokens(kind: str, form: str) -> None:
     assert prompt.answer_kinds(answer.ids)[:-1] == answer.kinds[:-1]
     assert prompt.answer_kinds(answer.ids)[-1] == TokenKind.PADDING
     assert "<|slot_" not in prompt.decode(prompt.encode("the mug", 2).ids)
+
+
+@pytest.mark.parametrize(("kind", "family"), [("qwen", "qwen2_5_vl"), ("llava", "llava")])
+def test_a_judge_is_told_of_the_outline_and_the_score(kind: str, family: str) -> None:
+    source = prompt_of(kind)
+    template = score_template(source.config.template)
+    assert template == SCORE_TEMPLATES[family]
+    assert template.partition("{image}")[0] == source.config.template.partition("{image}")[0]
+    assert template.endswith(source.config.template.rpartition(".")[2])
+    config = PromptConfig(template=template, form="score")
+    prompt = Prompt(config, source.tokenizer, source.image_token_id, source.eos_token_id)
+    asked = prompt.decode(prompt.encode("the mug on the left", 2).ids)
+    assert "the mug on the left" in asked and "outlined in magenta" in asked
+    assert OUTLINE == (255, 0, 255) and "from 0 to 9" in asked
+    assert not any(word in asked for word in ("JSON", "tokens", "<|slot_", "{"))
+    example = re.search(r"<answer>(\d)</answer>", asked)
+    assert example is not None and 0 <= read_score(example[1]) <= 9
+
+
+def test_a_score_is_not_asked_for_in_an_unknown_chat() -> None:
+    assert score_template(NANO_TEMPLATE) == NANO_TEMPLATE
+    with pytest.raises(ValueError, match="is not known"):
+        score_template("{image}{instruction}")
 
 
 def test_a_tokenizer_without_concentration_tokens_will_do() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from forced import answers_of
 from tiny import policy_config
 
+from segcompass.io.errors import CheckpointError
+from segcompass.reasoning.loading import load_policy
 from segcompass.reasoning.policy import Policy
-from segcompass.reasoning.prompts import PromptConfig
-from segcompass.reasoning.scorer import PolicyScorer, expected
+from segcompass.reasoning.prompts import SCORE_TEMPLATES, PromptConfig
+from segcompass.reasoning.scorer import PolicyScorer, asking_for_scores, expected
 from segcompass.types import Status
 
 ASKED = ["the mug", "everything one could drink from", "a red plate"]
@@ -78,6 +82,25 @@ def test_a_malformed_judgement_scores_nothing_and_says_so(
     assert found.value == 0
     assert found.status in (Status.MALFORMED, Status.TRUNCATED)
     assert PolicyScorer(judge).score([], []) == []
+
+
+def test_another_policy_is_asked_for_scores_in_its_own_chat(
+    policy_folder: Path, family: str
+) -> None:
+    like = policy_config("llava", max_instruction_tokens=123, max_new_tokens=77, sae_layer=2)
+    asked = asking_for_scores(str(policy_folder), like)
+    assert (asked.prompt.form, asked.prompt.template) == ("score", SCORE_TEMPLATES[family])
+    assert (asked.prompt.max_instruction_tokens, asked.max_new_tokens) == (123, 77)
+    assert (asked.pad_to_square, asked.sae_layer) == (family == "llava", 0)
+    assert PolicyScorer(load_policy(policy_folder, asked)).policy.config == asked
+
+
+def test_a_policy_that_cannot_judge_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match=r"unsupported policy 'bert'; supported: qwen2_5_vl"):
+        asking_for_scores(str(tmp_path), policy_config("llava"))
+    with pytest.raises(CheckpointError, match="missing is no usable policy folder"):
+        asking_for_scores(str(tmp_path / "missing"), policy_config("llava"))
 
 
 def test_a_policy_that_gives_no_scores_is_refused(policy: Policy) -> None:

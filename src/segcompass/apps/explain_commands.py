@@ -73,6 +73,7 @@ def analyze(
     from segcompass.data.samples import read_dataset
     from segcompass.explain.analysis import Analysis, answers, panel_ids
     from segcompass.explain.concept_cards import naming, summarise
+    from segcompass.interfaces.concept_slots import with_concepts
     from segcompass.io.errors import DataError
     from segcompass.io.outputs import dump_json
 
@@ -80,6 +81,8 @@ def analyze(
     if not samples:
         raise DataError(f"{data}: the split {split!r} holds no samples; choose another")
     loaded = load(model, device, dtype, revision)
+    if cards or faithfulness:
+        with_concepts(loaded.interface)  # refused before anything is answered
     counts = _concept_counts(loaded, data, split, samples) if cards else None
     analysis = Analysis(panel_ids(samples), counts)
     with progress("analyze") as moved:
@@ -101,11 +104,7 @@ def analyze(
     if as_json:
         print(dump_json(summary))
     else:
-        lines = [{"figure": name, **console.row(f)} for name, f in _captions(summary).items()]
-        console.print_table(lines)
-        if faithfulness:
-            shown = {name: summary["faithfulness"][name] for name in FAITHFULNESS}
-            console.print_table(console.listing(shown))
+        _print_figures(summary)
         print(out / "summary.json")
 
 
@@ -164,6 +163,17 @@ def _write_faithfulness(
     residuals = [{"scalar": name} | figures for name, figures in result["residual"].items()]
     write_csv(out / "residuals.csv", residuals)
     return {name: value for name, value in result.items() if name != "rows"}
+
+
+def _print_figures(summary: Mapping[str, Any]) -> None:
+    """The correlations, what is left out and why, and how faithful the attributions are."""
+    lines = [{"figure": name, **console.row(f)} for name, f in _captions(summary).items()]
+    console.print_table(lines)
+    for part, names in summary["absent"].items():
+        print(f"left out, as the answers show no {part}: {', '.join(names)}")
+    if "faithfulness" in summary:
+        shown = {name: summary["faithfulness"][name] for name in FAITHFULNESS}
+        console.print_table(console.listing(shown))
 
 
 def _captions(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ same rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +19,10 @@ from segcompass.explain.correlation import (
     Quality,
     by_answer,
     correlations,
+    needs_of_pairs,
     quality,
     right_and_wrong,
+    shows,
 )
 from segcompass.explain.instance_coverage import InstanceCoverage
 from segcompass.explain.panels import draw_panels
@@ -32,6 +34,7 @@ from segcompass.types import Prediction, Sample
 
 PANELS = 6
 ANSWERS = "answers.json"
+OF_CONCEPTS = ("activation_patterns", "instance_coverage")  # figures that concepts alone make
 
 
 class Model(Protocol):
@@ -116,6 +119,8 @@ def _saved(folder: Path, batch: Sequence[Sample]) -> dict[str, Prediction]:
 class Analysis:
     """Takes in answers one by one, then writes figures and summary.
 
+    Not every interface shows concepts or heatmaps; figures that need them are left out.
+
     Args:
         shown: ids of the samples to show as panels, chosen before their answers are known.
         counts: also counts what concept cards need.
@@ -125,13 +130,16 @@ class Analysis:
         self.patterns, self.coverage = ActivationPatterns(), InstanceCoverage()
         self.qualities: list[Quality] = []
         self.counts = counts
+        self._has: set[str] = set()  # what the answers show
         self._shown, self._panels = set(shown), list[tuple[Prediction, Quality]]()
 
     def add(self, sample: Sample, prediction: Prediction) -> None:
         """Take in one answer."""
         self.qualities.append(quality(sample, prediction))
-        self.patterns.add(sample, prediction)
-        self.coverage.add(sample, prediction)
+        self._has |= shows(prediction)
+        if prediction.codes is not None:
+            self.patterns.add(sample, prediction)
+            self.coverage.add(sample, prediction)
         if sample.sample_id in self._shown:
             self._panels.append((prediction, self.qualities[-1]))
         if self.counts is not None:
@@ -140,34 +148,50 @@ class Analysis:
     def write(self, out: Path) -> dict[str, Any]:
         """Write every figure with its data; returns the summary: n, r, p and intervals."""
         out.mkdir(parents=True, exist_ok=True)
-        patterns, coverage = self.patterns.rows(), self.coverage.rows()
-        ranges, found = by_answer(self.qualities), correlations(self.qualities)
-        tables = {
-            "activation_patterns": patterns,
-            "instance_coverage": coverage,
-            "samples": [asdict(row) for row in self.qualities],
-            "answer_ranges": [_flat(row) for row in ranges],
-        }
-        for name, rows in tables.items():
-            figures.write_csv(out / f"{name}.csv", rows)
-        figures.draw_patterns(patterns, out / "activation_patterns")
-        figures.draw_coverage(coverage, out / "instance_coverage")
-        for pair in found:
-            figures.write_csv(out / f"{pair.name}.csv", pair.rows())
-            figures.draw_correlation(pair, out / pair.name)
+        concepts = self._write_concepts(out) if "concepts" in self._has else {}
+        figures.write_csv(out / "samples.csv", [asdict(row) for row in self.qualities])
+        ranges = by_answer(self.qualities, self._has)
+        figures.write_csv(out / "answer_ranges.csv", [_flat(row) for row in ranges])
+        found = {pair.name: pair for pair in correlations(self.qualities, self._has)}
+        for name, pair in found.items():
+            figures.write_csv(out / f"{name}.csv", pair.rows())
+            figures.draw_correlation(pair, out / name)
         if ranges:
-            figures.draw_thoughts(ranges, found[3], out / "answer_ranges")
+            figures.draw_thoughts(ranges, found["thought_mask"], out / "answer_ranges")
         if self._panels:
             draw_panels(self._panels, out / "panels")
             figures.write_csv(out / "panels.csv", [asdict(row) for _, row in self._panels])
         return {
             "samples": len(self.qualities),
-            "activation_patterns": _at(patterns, "threshold", (0.0, 0.1, 1.0)),
-            "instance_coverage": _at(coverage, "percent", (5, 10, 20, 30, 40, 50)),
-            "correlations": {pair.name: pair.summary() for pair in found},
+            **concepts,
+            "correlations": {name: pair.summary() for name, pair in found.items()},
             "answer_ranges": ranges,
             "right_and_wrong_answers": right_and_wrong(self.qualities),
+            "absent": absent(self._has),
         }
+
+    def _write_concepts(self, out: Path) -> dict[str, Any]:
+        """The figures of :data:`OF_CONCEPTS`, and what the summary tells of them."""
+        patterns, coverage = self.patterns.rows(), self.coverage.rows()
+        for name, rows in zip(OF_CONCEPTS, (patterns, coverage), strict=True):
+            figures.write_csv(out / f"{name}.csv", rows)
+        figures.draw_patterns(patterns, out / "activation_patterns")
+        figures.draw_coverage(coverage, out / "instance_coverage")
+        return {
+            "activation_patterns": _at(patterns, "threshold", (0.0, 0.1, 1.0)),
+            "instance_coverage": _at(coverage, "percent", (5, 10, 20, 30, 40, 50)),
+        }
+
+
+def absent(shown: Collection[str]) -> dict[str, list[str]]:
+    """The figures that are left out, by what the answers would have to show for them."""
+    found: dict[str, list[str]] = {}
+    needs_of = {name: ["concepts"] for name in OF_CONCEPTS} | needs_of_pairs()
+    for figure, needs in needs_of.items():
+        missing = [need for need in needs if need not in shown]
+        if missing:
+            found.setdefault(missing[0], []).append(figure)
+    return found
 
 
 def panel_ids(samples: Sequence[Sample]) -> list[str]:

@@ -25,6 +25,7 @@ TYPES: dict[str, tuple[str, str, str]] = {
     "background": ("#8a857b", "D", ":"),
 }
 MAIN, CHANCE = "#e8593c", "#8a857b"
+BARS = (("heatmap", "#2f7cd6"), ("mask", MAIN))  # drawn where there are such maps
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -146,7 +147,9 @@ def draw_thoughts(ranges: Sequence[Mapping[str, Any]], found: Correlation, stem:
         left.set_xlabel(found.x_label)
         left.set_ylabel(found.y_label)
         places = np.arange(len(ranges))
-        for shift, name, colour in ((-0.19, "heatmap", "#2f7cd6"), (0.19, "mask", MAIN)):
+        bars = [bar for bar in BARS if all(f"{bar[0]}_iou" in row for row in ranges)]
+        for i, (name, colour) in enumerate(bars):
+            shift = 0.38 * (i - (len(bars) - 1) / 2)
             means = np.array([row[f"{name}_iou"] for row in ranges])
             ends = np.array([row[f"{name}_iou_interval"] for row in ranges]).reshape(-1, 2).T
             right.bar(places + shift, means, 0.36, color=colour, alpha=0.85, label=f"{name} IoU")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from segcompass.explain.correlation import Quality
+from segcompass.explain.correlation import SHOWS, Quality, shows
 from segcompass.explain.figures import INK, SOFT, STYLE, save_figure
 from segcompass.explain.instance_coverage import magnitudes
 from segcompass.io.outputs import overlay
@@ -18,13 +18,12 @@ from segcompass.types import Prediction, given
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TITLES = ("instruction", "image", "activated tokens", "heatmap", "predicted mask")
 SHOWN_TOKENS = 0.3  # share of the image tokens that are marked
 _WRAP = 24  # characters
 
 
 def draw_panels(answers: Sequence[tuple[Prediction, Quality]], stem: Path) -> None:
-    """One row for each answer.
+    """One row for each answer, without the columns that not every answer can fill.
 
     Activated tokens are the most activated ones, squares that are the stronger the more activated;
     the heatmap is the largest of the accepted slots, of all slots where none is accepted.
@@ -34,39 +33,53 @@ def draw_panels(answers: Sequence[tuple[Prediction, Quality]], stem: Path) -> No
 
     with rc_context({**STYLE, "axes.grid": False}):
         rows = max(len(answers), 1)
-        figure = Figure(figsize=(7.2, 1.42 * rows + 0.25), layout="constrained")
-        grid = figure.subplots(rows, 5, squeeze=False)
+        columns = _columns([prediction for prediction, _ in answers])
+        size = (1.44 * len(columns), 1.42 * rows + 0.25)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, len(columns), squeeze=False)
         for axes, (prediction, quality) in zip(grid[: len(answers)], answers, strict=True):
-            _row(axes, prediction, quality)
-        for axis, title in zip(grid[0], TITLES, strict=True):
+            for axis, title in zip(axes, columns, strict=True):
+                axis.set_axis_off()
+                axis.set_box_aspect(prediction.image_rgb.shape[0] / prediction.image_rgb.shape[1])
+                COLUMNS[title](axis, prediction, quality)
+        for axis, title in zip(grid[0], columns, strict=True):
             axis.set_title(title, loc="center", color=SOFT, fontweight="normal", fontsize=8)
         save_figure(figure, stem)
 
 
-def _row(axes: Sequence[Axes], prediction: Prediction, quality: Quality) -> None:
-    for axis in axes:
-        axis.set_axis_off()
-        axis.set_box_aspect(prediction.image_rgb.shape[0] / prediction.image_rgb.shape[1])
-    text, image, tokens, heat, mask = axes
+def _columns(predictions: Sequence[Prediction]) -> list[str]:
+    """The titles of the columns that every answer can fill."""
+    shown = {None, *SHOWS}.intersection(*({None, *shows(p)} for p in predictions))
+    return [title for title in COLUMNS if _NEEDS.get(title) in shown]
+
+
+def _words(axis: Axes, prediction: Prediction, quality: Quality) -> None:
     words = _wrap(plain(prediction.instruction))
-    text.text(0, 0.56, words, ha="left", va="center", fontsize=8, color=INK, parse_math=False)
+    axis.text(0, 0.56, words, ha="left", va="center", fontsize=8, color=INK, parse_math=False)
     note = f"IoU {quality.mask_iou:.2f}"
-    text.text(0, 0.06, note, ha="left", va="bottom", fontsize=7, color=SOFT)
-    image.imshow(prediction.image_rgb)
-    dim = _dimmed(prediction.image_rgb)
-    tokens.imshow(dim)
-    _mark(tokens, prediction)
+    axis.text(0, 0.06, note, ha="left", va="bottom", fontsize=7, color=SOFT)
+
+
+def _image(axis: Axes, prediction: Prediction, quality: Quality) -> None:
+    axis.imshow(prediction.image_rgb)
+
+
+def _heatmap(axis: Axes, prediction: Prediction, quality: Quality) -> None:
     every = given(prediction.slot_heatmaps, "heatmaps")
     accepted = every[prediction.accepted]
     warmth = (accepted if len(accepted) else every).max(axis=0)
-    heat.imshow(dim)
-    heat.imshow(warmth, cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.8 * warmth)
-    mask.imshow(overlay(prediction))
+    axis.imshow(_dimmed(prediction.image_rgb))
+    axis.imshow(warmth, cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.8 * warmth)
 
 
-def _mark(axis: Axes, prediction: Prediction) -> None:
+def _mask(axis: Axes, prediction: Prediction, quality: Quality) -> None:
+    axis.imshow(overlay(prediction))
+
+
+def _tokens(axis: Axes, prediction: Prediction, quality: Quality) -> None:
     from matplotlib.patches import Rectangle
 
+    axis.imshow(_dimmed(prediction.image_rgb))
     strength = magnitudes(prediction)
     shown = np.argsort(-strength, kind="stable")[: max(1, round(SHOWN_TOKENS * len(strength)))]
     most = float(strength.max()) or 1.0
@@ -86,3 +99,13 @@ def _wrap(text: str, lines: int = 6) -> str:
     import textwrap
 
     return "\n".join(textwrap.wrap(text, _WRAP, max_lines=lines, placeholder=" …"))
+
+
+COLUMNS: dict[str, Callable[[Axes, Prediction, Quality], None]] = {
+    "instruction": _words,
+    "image": _image,
+    "activated tokens": _tokens,
+    "heatmap": _heatmap,
+    "predicted mask": _mask,
+}
+_NEEDS = {"activated tokens": "concepts", "heatmap": "heatmaps"}

@@ -113,6 +113,11 @@ class Interface(nn.Module, ABC):
         """The parts that joint training trains, beside the policy, by their rate's name."""
         return {"head": self.head, "decoder": self.decoder}
 
+    @property
+    def has_paths(self) -> bool:
+        """Whether queries are made of tokens and concepts, so that ``gates`` can cut off either."""
+        return self.has_concepts
+
     @abstractmethod
     def align(
         self,

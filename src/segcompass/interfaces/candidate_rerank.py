@@ -23,7 +23,9 @@ from segcompass.interfaces.base import Alignment, Interface, InterfaceConfig, Ma
 from segcompass.interfaces.candidates import Candidate, CandidateConfig, PointPrompt, propose
 from segcompass.interfaces.registry import OfInterface, find, register
 from segcompass.io.clock import Clock
+from segcompass.io.errors import ConfigError
 from segcompass.reasoning.policy import Policy, PolicyConfig
+from segcompass.reasoning.prompts import score_template
 from segcompass.reasoning.scorer import PolicyScorer
 from segcompass.types import Candidates, Prediction, ReasoningBatch, Score, Status
 
@@ -33,7 +35,7 @@ class CandidateRerankConfig(OfInterface, InterfaceConfig, frozen=True):
 
     candidates: CandidateConfig = CandidateConfig()
     scorer: PolicyConfig | None = Field(
-        None, description="how the judge is asked; null: as the source's policy, but for a score"
+        None, description="how the judge is asked; null: for a score, in the source policy's chat"
     )
     together: int = Field(16, ge=1, description="candidates that are judged at once")
     margin: float | None = Field(
@@ -52,11 +54,18 @@ class CandidateRerankConfig(OfInterface, InterfaceConfig, frozen=True):
         return value
 
     def asking(self, policy: PolicyConfig) -> PolicyConfig:
-        """How the judge is asked, where the source's policy is asked like that."""
+        """How the judge is asked, where the source's policy is asked like that.
+
+        Raises:
+            ConfigError: if nothing is configured, and the source's template is of no known chat.
+        """
         if self.scorer is not None:
             return self.scorer
-        prompt = policy.prompt.model_copy(update={"form": "score"})
-        return policy.model_copy(update={"prompt": prompt})
+        try:
+            asked = {"form": "score", "template": score_template(policy.prompt.template)}
+        except ValueError as error:
+            raise ConfigError(f"{error}; say in head.scorer how the judge is asked") from error
+        return policy.model_copy(update={"prompt": policy.prompt.model_copy(update=asked)})
 
 
 @register
@@ -113,6 +122,11 @@ class CandidateRerank(Interface):
     def trained(self) -> dict[str, nn.Module]:
         """The source's."""
         return self.source.trained()
+
+    @property
+    def has_paths(self) -> bool:
+        """As the source."""
+        return self.source.has_paths
 
     def align(
         self, states: ReasoningBatch, keys: Float[Tensor, "B C h w"], **how: Any

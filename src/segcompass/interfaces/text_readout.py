@@ -14,11 +14,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from segcompass.geometry import Canvas, Frame, boxes_to_frame, points_to_frame
+from segcompass.geometry import Canvas, Fit, Frame, boxes_to_frame, points_to_frame
 from segcompass.grounding.prompted_decoder import PromptedDecoder
 from segcompass.interfaces.base import Alignment, Interface, InterfaceConfig, Material
 from segcompass.interfaces.registry import register
 from segcompass.reasoning.object_answers import TextObject, read_objects
+from segcompass.reasoning.policy import PolicyConfig
 from segcompass.reasoning.prompts import ParsedAnswer
 from segcompass.types import BoxPrompts, ReasoningBatch, Status, given
 
@@ -59,14 +60,9 @@ class TextReadout(Interface):
 
     @classmethod
     def build(cls, config: TextReadoutConfig, material: Material) -> TextReadout:
-        """Make one around a segmenter; raises ValueError if prompt and canvas disagree."""
+        """Make one around a segmenter; raises ValueError if policy and canvas disagree."""
         if material.policy is not None:
-            side = material.policy.config.prompt.canvas_side
-            if side != config.canvas.side:
-                raise ValueError(
-                    f"answers are written on a canvas of {side} px (policy.prompt.canvas_side) and "
-                    f"read on one of {config.canvas.side} px (head.canvas.side); give both one size"
-                )
+            _check_canvas(config.canvas, material.policy.config)
         return cls(config, material.prompted)
 
     def trained(self) -> dict[str, nn.Module]:
@@ -157,3 +153,27 @@ class TextReadout(Interface):
             )
             logits[place], scores[place] = masks, ious.clamp(_LEAST, 1 - _LEAST).logit()
         return logits, scores
+
+
+def _check_canvas(canvas: Canvas, policy: PolicyConfig) -> None:
+    """Answers have to be read on the canvas they are written on.
+
+    Without padding the picture fills all that the policy sees, edge to edge, whether it is
+    stretched to a square first or keeps its own proportions.
+
+    Raises:
+        ValueError: if size or fit differ.
+    """
+    side = policy.prompt.canvas_side
+    if side != canvas.side:
+        raise ValueError(
+            f"answers are written on a canvas of {side} px (policy.prompt.canvas_side) and "
+            f"read on one of {canvas.side} px (head.canvas.side); give both one size"
+        )
+    seen: Fit = "square" if policy.pad_to_square else "stretch"
+    if canvas.fit != seen:
+        raise ValueError(
+            f"with policy.pad_to_square: {str(policy.pad_to_square).lower()} answers are written "
+            f"on a canvas of fit {seen}, and head.canvas.fit reads them as {canvas.fit}; "
+            f"set it to {seen}, or change pad_to_square"
+        )

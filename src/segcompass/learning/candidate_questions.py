@@ -1,6 +1,7 @@
 """Training questions with a finished model's candidates, and what each candidate deserves.
 
-    samples -> the model, on all ranks -> FOLDER/candidates.rankN.jsonl -> FOLDER/candidates.jsonl
+    samples -> those to train the judge on, and those that tell what it is worth
+            -> the model, on all ranks -> FOLDER/candidates.rankN.jsonl -> FOLDER/candidates.jsonl
 
 A row counts once it ends in a newline. So collecting may be killed at any moment and go on with any
 number of ranks, which share out what is missing.
@@ -55,27 +56,31 @@ class _Nobody:
 def collect(
     parts: Parts,
     head: CandidateRerankConfig,
-    samples: Sequence[Sample],
+    training: Sequence[Sample],
+    apart: Sequence[Sample],
     folder: Path,
     together: int,
-) -> list[Question]:
+) -> tuple[list[Question], list[Question]]:
     """Find the candidates of every sample; what the folder holds already is not found again.
 
     Args:
         parts: Of the model that finds them; in evaluation mode afterwards.
         head: Which candidates.
-        samples: Training questions.
+        training: Samples to train on.
+        apart: Samples not to train on.
         folder: Of the stage, seen by all ranks.
         together: Questions that are answered at once.
 
     Returns:
-        The samples in their order, the same on every rank.
+        Both kinds of samples in their order, the same on every rank.
 
     Raises:
         ConfigError: if the folder holds candidates of another model or choice, or of other samples.
     """
-    world, path = World.current(), folder / CANDIDATES
-    origin = json.dumps({"model": parts.fingerprint, **head.candidates.model_dump()})
+    world, path, samples = World.current(), folder / CANDIDATES, [*training, *apart]
+    # A judge that is in training there knows the candidates of all but those set apart.
+    made = {"model": parts.fingerprint, "held_out": len(apart)}
+    origin = json.dumps({**made, **head.candidates.model_dump()})
     _merge(path, origin, world)
     known = _rows(path, samples)
     todo = [i for i in range(len(samples)) if i not in known][world.rank :: world.size]
@@ -94,10 +99,11 @@ def collect(
             update(start + len(batch), len(todo))
     _merge(path, origin, world)
     rows = _rows(path, samples)
-    return [
+    found = [
         Question(sample, rows[i]["masks"], rows[i]["scores"], rows[i]["has_direct"])
         for i, sample in enumerate(samples)
     ]
+    return found[: len(training)], found[len(training) :]
 
 
 def _merge(path: Path, origin: str, world: World) -> None:
@@ -117,8 +123,8 @@ def _join(path: Path, origin: str) -> None:
     head, *known = _whole_lines(path) or [origin]
     if head != origin:
         raise ConfigError(
-            f"{path} holds candidates of another model or choice ({head}); delete it, or set "
-            "another `run` folder"
+            f"{path} holds candidates of another model or choice ({head}); delete {path.parent}, "
+            "or set another `run` folder"
         )
     parts = sorted(path.parent.glob(PARTS))
     lines = [*known, *(line for part in parts for line in _whole_lines(part))]
@@ -135,7 +141,8 @@ def _rows(path: Path, samples: Sequence[Sample]) -> dict[int, dict[str, Any]]:
     names = {i: sample.sample_id for i, sample in enumerate(samples)}
     if any(names.get(i) != row["sample"] for i, row in rows.items()):
         raise ConfigError(
-            f"{path} holds candidates of other samples; delete it, or set another `run` folder"
+            f"{path} holds candidates of other samples; delete {path.parent}, or set another "
+            "`run` folder"
         )
     return rows
 
@@ -182,19 +189,21 @@ def overlaps(sample: Sample, found: Sequence[Rle]) -> list[float]:
 
 
 def set_apart(
-    questions: Sequence[Question], share: float, seed: int
-) -> tuple[list[Question], list[Question]]:
-    """Questions to train on, and those about a share of the pictures, which nobody has trained on.
+    samples: Sequence[Sample], count: int | None, share: float
+) -> tuple[list[Sample], list[Sample]]:
+    """The first samples, to train the judge on, and the last ones, about other pictures.
+
+    The last ones are apart from the judge's stage, and from the joint stage too if
+    ``train_joint.samples`` leaves them out. Warm-up knows no such limit: it may have seen them.
 
     Args:
-        questions: With candidates.
-        share: Of the pictures, 0 … 1.
-        seed: Draws them.
+        samples: All training samples, as every stage reads them.
+        count: How many are wanted; None takes all.
+        share: Of these, to be kept apart, 0 … 1. First ones about the same pictures are left out.
     """
-    pictures = list(dict.fromkeys(one.sample.image_path for one in questions))
-    drawn = np.random.default_rng(seed).permutation(len(pictures))[: round(share * len(pictures))]
-    apart = {pictures[i] for i in drawn}
-    return (
-        [one for one in questions if one.sample.image_path not in apart],
-        [one for one in questions if one.sample.image_path in apart],
-    )
+    wanted = len(samples) if count is None else min(count, len(samples))
+    kept = round(share * wanted)
+    apart = list(samples[len(samples) - kept :])
+    pictures = {sample.image_path for sample in apart}
+    first = samples[: wanted - kept]
+    return [sample for sample in first if sample.image_path not in pictures], apart

@@ -1,9 +1,10 @@
-"""How far a judge is to be trusted: the margin that serves best on questions it never saw.
+"""How far a judge is to be trusted: the margin that serves best on questions kept apart.
 
     questions apart -> the judge's scores -> lead of its favourite over the source's answer
                     -> mean IoU of the answers at every margin -> the best margin
 
-A judge that cannot tell candidates apart gets a margin of 1: the source's answers stand.
+A judge that cannot tell candidates apart gets a margin of 1: the source's answers stand. Questions
+are apart from the judge's own stage, not from all training: see `candidate_questions.set_apart`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def rate(questions: Sequence[Question], scorer: Scorer, threshold: float) -> lis
     """Have a judge score all candidates; all ranks share the questions out among them.
 
     Args:
-        questions: That it was not trained on.
+        questions: That it was not trained to judge, about other pictures.
         scorer: The judge.
         threshold: Confidence above which a mask of the model counts.
 

@@ -111,17 +111,23 @@ class SaeStage(OptimizerConfig, frozen=True):
 class ScorerStage(OptimizerConfig, frozen=True):
     """Candidates of a finished model, marked, with the score that their IoU earns (Rea2Seg).
 
-    Every score there is comes up equally often; ``batch`` counts candidates. On questions that the
-    judge was not trained on it is then decided by how much a candidate must be rated above the
-    source's answer to replace it, unless ``head.margin`` says so.
+    Every score there is comes up equally often; ``batch`` counts candidates. On questions about
+    other pictures it is then decided by how much a candidate must be rated above the source's
+    answer to replace it, unless ``head.margin`` says so. They are the last ones of the data: apart
+    from this stage, and from the joint one where ``train_joint.samples`` leaves them out. Warm-up
+    may have seen them.
     """
 
     start: Path | None = Field(
-        None, description="the model folder that finds candidates; default: what joint wrote"
+        None, description="the model or preset that finds candidates; default: what joint wrote"
+    )
+    judge: str | None = Field(
+        None,
+        description="policy folder or hub id that the judge begins as; null: the source's policy",
     )
     samples: int | None = Field(2_000, ge=1, description="questions to collect from; null: all")
     held_out: float = Field(
-        0.2, ge=0, lt=1, description="share of the pictures whose questions choose the margin"
+        0.2, ge=0, lt=1, description="share of these, the last of the data, that choose the margin"
     )
     together: int = Field(16, ge=1, description="questions that are answered at once")
     train_vision: bool = Field(True, description="also the tower, which never saw a mark")

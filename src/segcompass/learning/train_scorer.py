@@ -2,14 +2,17 @@
 
     finished model -> its candidates on training questions -> score = round(9 IoU)
                    -> question, marked picture -> thought, score       by cross-entropy
-                   -> on questions kept apart: the margin
+                   -> on the last questions, about other pictures: the margin
 
-The model that finds the candidates is frozen; the judge begins as a copy of its policy. Candidates
-are collected once, into STAGE/candidates.jsonl. STAGE/margin.json tells what the judge is worth.
+The model that finds the candidates is frozen; the judge begins as a copy of its policy, or as
+another one. Candidates are collected once, into STAGE/candidates.jsonl. STAGE/margin.json tells
+what the judge is worth on questions that it was not trained to judge
+(`candidate_questions.set_apart`).
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,13 +34,15 @@ from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.distributed import World
 from segcompass.learning.engine.loop import Loop, Losses
 from segcompass.learning.margin import best_margin, figures, rate
+from segcompass.learning.planning.features import limit_pixels
 from segcompass.learning.stages import ScorerStage
 from segcompass.learning.train_warmup import answer_losses
 from segcompass.learning.watching.watch import stage_observers
-from segcompass.model_folder import find_model, load_parts, save_model
+from segcompass.model_folder import Parts, load_parts, save_model
+from segcompass.reasoning.backbones import QwenBackbone
 from segcompass.reasoning.loading import load_policy
 from segcompass.reasoning.policy import Policy
-from segcompass.reasoning.scorer import PolicyScorer
+from segcompass.reasoning.scorer import PolicyScorer, asking_for_scores
 from segcompass.types import Rle, Sample
 
 MARGIN = "margin.json"
@@ -62,15 +67,18 @@ def source_of(config: RunConfig) -> RunConfig:
 def train_scorer(config: RunConfig, stage: ScorerStage, start: Path) -> Path:
     """Collect candidates, train a judge of them, and write the whole model to RUN/model.
 
-    The margin that the judge has earned is saved with the model, unless the config gives one.
+    With the model are saved how its judge is asked, and the margin that the judge has earned
+    unless the config gives one.
 
     Args:
         config: Of a candidate_rerank; of ``head``, source and sizes are those of ``start``.
         stage: Samples and optimizer.
-        start: The model folder that finds the candidates.
+        start: The model folder or preset that finds the candidates.
 
     Raises:
-        ConfigError: if the config is of another interface, or there are no candidates.
+        CheckpointError: if model or judge cannot be loaded.
+        ConfigError: if the config is of another interface, nothing says how the judge is asked, or
+            there are no candidates.
         DataError: if the data is missing or broken.
         DivergenceError: if a loss is no longer finite.
     """
@@ -82,16 +90,15 @@ def train_scorer(config: RunConfig, stage: ScorerStage, start: Path) -> Path:
     parts = load_parts(start, dtype=config.policy.dtype)
     inner = {"interface": parts.config.interface, "head": parts.config.head}
     head = config.head.model_copy(update=inner)
-    dtype, use = getattr(torch, config.policy.dtype), head.asking(parts.config.policy)
-    judge = load_policy(find_model(start) / "policy", use, dtype=dtype).to(world.device)
-    samples = training_samples(config.data, judge.prompt, config.run)[: stage.samples]
-    questions = collect(parts, head, samples, folder, stage.together)
-    training, apart = set_apart(questions, stage.held_out, config.seed)
+    judge = start_judge(parts, head, config, stage).to(world.device)
+    samples = training_samples(config.data, judge.prompt, config.run)
+    chosen = set_apart(samples, stage.samples, stage.held_out)
+    training, apart = collect(parts, head, *chosen, folder, stage.together)
     fit(judge, rated(training, folder), config, stage, folder)
     scorer = PolicyScorer(judge.eval(), together=head.together)
     verdicts = rate(apart, scorer, parts.config.threshold)
     margin = best_margin(verdicts) if head.margin is None else head.margin
-    head = head.model_copy(update={"margin": margin})
+    head = head.model_copy(update={"margin": margin, "scorer": judge.config})
     if world.is_main:
         told = figures(verdicts, margin) | {"given": config.head.margin is not None}
         replace_file(folder / MARGIN, json.dumps(told, indent=2) + "\n")
@@ -101,6 +108,24 @@ def train_scorer(config: RunConfig, stage: ScorerStage, start: Path) -> Path:
         save_model(config.run / "model", model, parts.policy, parts.sam, interface)
     world.barrier()
     return config.run / "model"
+
+
+def start_judge(
+    parts: Parts, head: CandidateRerankConfig, config: RunConfig, stage: ScorerStage
+) -> Policy:
+    """The judge before its training: a copy of the source's policy, or the one that is configured.
+
+    Another policy is asked in the chat of its own family, unless ``head.scorer`` says how.
+    """
+    source = parts.config.policy
+    if stage.judge is None:
+        backbone = copy.deepcopy(parts.policy.backbone)
+        return Policy(backbone, parts.policy.tokenizer, head.asking(source)).eval()
+    asked = head.scorer or asking_for_scores(stage.judge, source)
+    judge = load_policy(stage.judge, asked, dtype=getattr(torch, config.policy.dtype))
+    if isinstance(judge.backbone, QwenBackbone):  # others see every picture at one size
+        limit_pixels(judge.backbone, config.data.image_pixels)
+    return judge
 
 
 def rated(questions: Sequence[Question], folder: Path) -> list[Rated]:

@@ -42,6 +42,14 @@ OBJECT_QUESTION = (
     "inside <answer> and </answer>, as JSON with its box and a point on it in whole pixels: "
     '[{"bbox_2d":[12,34,256,320],"point_2d":[120,180]}]. Write [] if there is none.'
 )
+SCORE_QUESTION = (
+    "One region of the picture is outlined in magenta. How well does exactly this region answer "
+    "the following? {instruction}\n"
+    "First reason step by step inside <think> and </think>: what is meant, and what the outline "
+    "encloses. Then write one digit from 0 to 9 inside <answer> and </answer>, such as "
+    "<answer>7</answer>: 9 if the region is all that is meant and nothing else, 0 if it has "
+    "nothing to do with it, in between as far as the two overlap."
+)
 
 
 def qwen_template(question: str) -> str:
@@ -54,8 +62,35 @@ def qwen_template(question: str) -> str:
     )
 
 
+def llava_template(question: str) -> str:
+    """LLaVA's chat around a question, as above."""
+    return "<s>USER: {image}\n" + question + " ASSISTANT:"
+
+
 QWEN_TEMPLATE = qwen_template("{instruction}" + _ASK)
-LLAVA_TEMPLATE = "<s>USER: {image}\n{instruction}" + _ASK + " ASSISTANT:"
+LLAVA_TEMPLATE = llava_template("{instruction}" + _ASK)
+SCORE_TEMPLATES = {  # by the model's type
+    "qwen2_5_vl": qwen_template(SCORE_QUESTION),
+    "llava": llava_template(SCORE_QUESTION),
+}
+_PICTURES = {"qwen2_5_vl": "<|vision_start|>{image}<|vision_end|>", "llava": "USER: {image}\n"}
+
+
+def score_template(template: str) -> str:
+    """The question for a score, in the same chat as a template; nano's has no words to change.
+
+    Raises:
+        ValueError: if the template is of no known chat.
+    """
+    if template == NANO_TEMPLATE:
+        return template
+    for family, picture in _PICTURES.items():
+        if picture in template:
+            return SCORE_TEMPLATES[family]
+    raise ValueError(
+        f"the chat of the prompt template {template!r} is not known, so nobody can be asked for a "
+        "score in it"
+    )
 
 
 class PromptConfig(BaseModel, frozen=True, extra="forbid"):

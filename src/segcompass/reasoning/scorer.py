@@ -8,12 +8,40 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import AutoConfig
 
-from segcompass.reasoning.policy import Generation, Policy
-from segcompass.reasoning.prompts import ANSWER_CLOSE
+from segcompass.io.errors import CheckpointError
+from segcompass.reasoning.backbones import family_of
+from segcompass.reasoning.policy import Generation, Policy, PolicyConfig
+from segcompass.reasoning.prompts import ANSWER_CLOSE, SCORE_TEMPLATES
 from segcompass.types import Score, Status
 
 TOP = 9  # the best of the ten scores
+
+
+def asking_for_scores(policy: str, like: PolicyConfig) -> PolicyConfig:
+    """How a published policy is asked for scores, in the chat of its family.
+
+    Args:
+        policy: A folder or hub id.
+        like: How another policy is used, for the limits.
+
+    Raises:
+        CheckpointError: if it cannot be read, or its family is not known.
+    """
+    try:
+        family = family_of(AutoConfig.from_pretrained(policy, trust_remote_code=False).model_type)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{policy} is no usable policy folder or hub id ({type(error).__name__}: {error})"
+        ) from error
+    changes = {"template": SCORE_TEMPLATES[family], "form": "score"}
+    return PolicyConfig(
+        prompt=like.prompt.model_copy(update=changes),
+        sae_layer=0,  # no SAE reads a judge
+        pad_to_square=family == "llava",
+        max_new_tokens=like.max_new_tokens,
+    )
 
 
 class PolicyScorer:
