@@ -184,6 +184,29 @@ def test_all_runs_are_checked_before_any_begins(
     assert not [folder for folder in (tmp_path / "out").iterdir() if folder.is_dir()]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("form=runs/nano", r"form: unknown key; did you mean 'from'\?"),
+        ("eval.limt=3", r"eval\.limt: unknown key; did you mean 'limit'\?"),
+        ("arms.concept_slots.eval.limt=3", r"arms\.concept_slots\.eval: limt: .* 'limit'\?"),
+        ("seeds=[]", r"seeds: Tuple should have at least 1 item .*, got \[\]"),
+    ],
+)
+def test_a_wrong_key_is_named_with_the_nearest_one(
+    change: str, told: str, warm_config: Path, scenes_root: Path, tmp_path: Path
+) -> None:
+    path = write_experiment(tmp_path, warm_config, scenes_root)
+    with pytest.raises(ConfigError, match=told):
+        load_experiment(path, [change])
+
+
+def test_a_run_config_is_no_comparison(warm_config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config is missing; out is missing") as caught:
+        load_experiment(warm_config)
+    assert len(str(caught.value)) < 600  # not the whole file, key by key
+
+
 def test_an_arm_lies_over_what_is_common_and_that_over_the_config(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text("head: {codebook_width: 8}\nthreads: 1\ntrain_joint: {steps: 1, batch: 4}\n")

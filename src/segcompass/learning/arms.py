@@ -26,7 +26,7 @@ from segcompass.io.errors import ConfigError
 from segcompass.io.progress import progress
 from segcompass.io.settings import merged
 from segcompass.learning import train
-from segcompass.learning.config import load_config, read_settings
+from segcompass.learning.config import load_config, problems_in, read_settings
 from segcompass.learning.engine.states import SavedState, latest_state
 from segcompass.pipeline import SegCompass
 
@@ -111,16 +111,17 @@ def load_experiment(path: Path, overrides: list[str] | None = None) -> Experimen
         ConfigError: naming the file, the key and what was found; or a run of that name has begun
             with other settings.
     """
+    raw = read_settings(path, overrides)
     try:
-        experiment = Experiment.model_validate(read_settings(path, overrides))
-        for name in experiment.arms:
-            experiment.judge(name)
+        experiment = Experiment.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
-            for e in error.errors()
-        )
-        raise ConfigError(f"{path}: {problems}") from error
+        raise ConfigError(f"{path}: {problems_in(error, raw, Experiment)}") from error
+    for name, arm in experiment.arms.items():
+        try:
+            experiment.judge(name)
+        except ValidationError as error:
+            problems = problems_in(error, arm.eval, JudgeConfig)
+            raise ConfigError(f"{path}: arms.{name}.eval: {problems}") from error
     parts = "nothing" if experiment.source is None else _parts(experiment.source)
     for name, arm in experiment.arms.items():
         if arm.model is not None:

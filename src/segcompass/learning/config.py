@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -24,6 +25,7 @@ from segcompass.learning.stages import (
 from segcompass.reasoning.from_scratch import ScratchConfig
 from segcompass.reasoning.policy import PolicyConfig
 
+_TOLD = 6  # problems that a message spells out
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # of a model, of a dataclass
 
 
@@ -128,8 +130,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(_explain(e, raw) for e in error.errors())
-        raise ConfigError(f"{path}: {problems}") from error
+        raise ConfigError(f"{path}: {problems_in(error, raw, RunConfig)}") from error
 
 
 def read_settings(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -157,14 +158,27 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {value!r} is no valid YAML value") from error
 
 
-def _explain(error: Any, raw: dict[str, Any]) -> str:
+def problems_in(error: ValidationError, raw: dict[str, Any], kind: type[BaseModel]) -> str:
+    """What is wrong with settings, key by key, with the nearest known key; the first of many.
+
+    Args:
+        error: Of validating them.
+        raw: The settings.
+        kind: What they were to be.
+    """
+    told = [_explain(one, raw, kind) for one in error.errors()]
+    more = [f"and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
+    return "; ".join(told[:_TOLD] + more)
+
+
+def _explain(error: Any, raw: dict[str, Any], kind: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{where} is missing"
     if error["type"] not in UNKNOWN_KEY:
-        return f"{where}: {error['msg']}, got {error['input']!r}"
+        return f"{where}: {error['msg']}, got {reprlib.repr(error['input'])}"
     *section, key = error["loc"]
-    known = {name.lower(): name for name in _known(section, raw)}
+    known = {name.lower(): name for name in _known(section, raw, kind)}
     close = difflib.get_close_matches(str(key).lower(), known, n=1)
     hint = (
         f"did you mean {known[close[0]]!r}?" if close else f"known are {', '.join(known.values())}"
@@ -172,9 +186,8 @@ def _explain(error: Any, raw: dict[str, Any]) -> str:
     return f"{where}: unknown key; {hint}"
 
 
-def _known(location: list[str | int], raw: Any) -> dict[str, Any]:
-    """The keys that a section of a config may hold."""
-    kind: Any = RunConfig
+def _known(location: list[str | int], raw: Any, kind: Any) -> dict[str, Any]:
+    """The keys that a section of settings may hold."""
     for name in location:
         if name == "head":  # of the interface that is named beside it
             kind = find(raw.get("interface", OfInterface.model_fields["interface"].default)).Config
@@ -189,5 +202,6 @@ def _keys(annotation: Any) -> dict[str, Any]:
     if is_dataclass(annotation):
         return get_type_hints(annotation)
     if hasattr(annotation, "model_fields"):
-        return {name: field.annotation for name, field in annotation.model_fields.items()}
+        fields = annotation.model_fields
+        return {field.alias or name: field.annotation for name, field in fields.items()}
     return {key: held for part in get_args(annotation) for key, held in _keys(part).items()}
