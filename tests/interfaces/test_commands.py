@@ -115,6 +115,7 @@ def test_the_same_commands_serve(
     assert (tmp_path / "answers/report.html").is_file()
 
     loaded = SegCompass.from_pretrained(folder / "model", device="cpu")
+    assert loaded.threshold == (0.0 if name == "text_readout" else 0.5)
     answer = loaded.predict(sample.image_path, sample.instruction, threshold=0.0)
     assert {*explanations_of([answer])} == SHOWS[name]
     assert sample.instruction.split()[0] in answer_frame(replace(answer, source="a.png"))

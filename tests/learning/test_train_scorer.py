@@ -139,13 +139,24 @@ def _fails_after(calls: int, function: Any) -> Any:
     return limited
 
 
+def candidates_of(run: Path) -> list[str]:
+    """The lines that a finished run has kept."""
+    return (run / "stages/scorer/candidates.jsonl").read_text().splitlines()
+
+
+def keep(folder: Path, *lines: str) -> Path:
+    """Put kept lines where a run in a folder will find them; returns the stage's folder."""
+    stage_folder = folder / "run/stages/scorer"
+    stage_folder.mkdir(parents=True)
+    (stage_folder / "candidates.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return stage_folder
+
+
 def test_candidates_of_another_choice_are_refused(
     finished: Path, scenes_root: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     path = recipe(tmp_path, scenes_root, tiny_model)
-    kept = tmp_path / "run/stages/scorer/candidates.jsonl"
-    kept.parent.mkdir(parents=True)
-    kept.write_text((finished / "stages/scorer/candidates.jsonl").read_text())
+    keep(tmp_path, *candidates_of(finished))
     with pytest.raises(ConfigError, match="another model or choice"):
         train.run("scorer", path, ["head.candidates.each=1"], resume=False)
 
@@ -154,12 +165,10 @@ def test_candidates_of_a_judge_that_was_trained_on_other_questions_are_refused(
     finished: Path, scenes_root: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     path = recipe(tmp_path, scenes_root, tiny_model)
-    kept = tmp_path / "run/stages/scorer/candidates.jsonl"
-    kept.parent.mkdir(parents=True)
-    head, *rows = (finished / "stages/scorer/candidates.jsonl").read_text().splitlines()
+    head, *rows = candidates_of(finished)
     drawn = {name: value for name, value in json.loads(head).items() if name != "held_out"}
-    kept.write_text("\n".join([json.dumps(drawn), *rows, ""]))
-    with pytest.raises(ConfigError, match=f"another model or choice .* delete {kept.parent}"):
+    folder = keep(tmp_path, json.dumps(drawn), *rows)
+    with pytest.raises(ConfigError, match=f"another model or choice .* delete {folder}"):
         train.run("scorer", path, [], resume=False)
 
 

@@ -80,7 +80,8 @@ class Interface(nn.Module, ABC):
 
     Class attributes say what it needs: ``form`` is how an answer ends, ``has_concepts`` whether it
     reads an SAE (then ``sae`` is there), ``decoupled`` whether its masks give no gradient,
-    ``reads_attention`` whether it wants to know what the policy looks at in the picture.
+    ``reads_attention`` whether it wants to know what the policy looks at in the picture;
+    ``threshold`` is the confidence above which a mask counts in models that are trained.
     """
 
     name: ClassVar[str]
@@ -89,6 +90,7 @@ class Interface(nn.Module, ABC):
     has_concepts: ClassVar[bool] = False
     decoupled: ClassVar[bool] = False
     reads_attention: bool = False
+    threshold: ClassVar[float] = 0.5
     query_width: int | None = None  # Q, where it is not the policy's width
     config: Any
     decoder: PromptedDecoder

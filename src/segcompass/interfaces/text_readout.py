@@ -53,6 +53,7 @@ class TextReadout(Interface):
     Config = TextReadoutConfig
     form = "objects"
     decoupled = True
+    threshold = 0.0  # what is named is meant
 
     def __init__(self, config: TextReadoutConfig, decoder: PromptedDecoder) -> None:
         super().__init__()

@@ -260,6 +260,7 @@ def start_model(config: RunConfig) -> Parts:
         interface=config.interface,
         head=config.head,
         policy=config.policy.use,
+        threshold=find(config.interface).threshold,
     )
     torch.manual_seed(config.seed)
     return Parts(model, policy, sam, build_interface(model, policy, sam, sae), fingerprint="")
