@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from segcompass.data.samples import read_dataset
 from segcompass.io.images import load_image
 from segcompass.learning.corpus import DENSE_TARGETS, IGNORED
 from segcompass.learning.engine.distributed import World
-from segcompass.learning.train_warmup import DenseHeads, answer_losses
+from segcompass.learning.stages import LanguageStage
+from segcompass.learning.train_warmup import DenseHeads, answer_losses, taught
 from segcompass.reasoning.loading import load_policy
 from segcompass.types import TokenKind
 
@@ -80,3 +82,13 @@ def test_answers_are_judged_token_by_token(tmp_path: Path, scenes_root: Path) ->
     assert losses.tolist() == pytest.approx([-said for said in log_probabilities], rel=1e-4)
     assert right.tolist() == hits
     assert (sequences.kinds == TokenKind.PADDING).any()  # one of them is shorter
+
+
+def test_questions_that_nothing_matches_are_asked_as_often_as_told(scenes_root: Path) -> None:
+    samples = read_dataset(scenes_root, "train")
+    stage = LanguageStage(steps=1, batch=1, learning_rate=1e-3, no_target_repeats=3)
+    asked = [s.sample_id for s in taught(samples, stage)]
+    assert any(not s.targets for s in samples)
+    for sample in samples:
+        assert asked.count(sample.sample_id) == (1 if sample.targets else 3)
+    assert not taught([replace(s, thought=None) for s in samples], stage)

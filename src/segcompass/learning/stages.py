@@ -34,6 +34,9 @@ class LanguageStage(OptimizerConfig, frozen=True):
     """Questions and oracle answers, by cross-entropy over the answer."""
 
     train_vision: bool = Field(False, description="else image features are computed once")
+    no_target_repeats: int = Field(
+        1, ge=1, description="how often an epoch asks each question that nothing matches"
+    )
     group: int = Field(16, ge=1, description="batches that are sorted by length together")
 
 
