@@ -25,7 +25,7 @@ from typing import Any
 
 import joint_step
 import torch
-from measuring import machine, report, row
+from measuring import machine, needs, report, row
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
@@ -178,6 +178,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The one row in the format of all benchmarks; the options are those of joint_step.py."""
+    needs("trl")
     return {"name": "language_step", "machine": machine(), "rows": [compare(options)]}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,15 @@ import torch
 
 from segcompass.evaluation.footprint import peak_of_freed as peak_of_freed
 from segcompass.evaluation.footprint import transient_bytes as transient_bytes
+
+MISSING = 4  # exit code: a package is not installed; `segcompass bench` skips the benchmark
+
+
+def needs(package: str) -> None:
+    """Leave, and say how to install the package, where it is not there."""
+    if importlib.util.find_spec(package) is None:
+        print(f"needs {package}; install it with: pip install {package}", file=sys.stderr)
+        raise SystemExit(MISSING)
 
 
 def median_seconds(

@@ -24,6 +24,7 @@ from segcompass.io.assets import MissingAssetError
 from segcompass.io.errors import CheckpointError, ConfigError
 from segcompass.model_folder import load_model, load_parts
 from segcompass.pipeline import SegCompass
+from segcompass.presets import describe
 from segcompass.published import find_published, preset_names
 from segcompass.reasoning import grammars
 from segcompass.reasoning.chat import chat_template
@@ -115,6 +116,16 @@ def test_what_is_written_comes_back_to_the_picture(
     x, y = hw[1] / SIDE, hw[0] / SIDE
     assert np.abs(prompts.boxes[0] - [x0 * x, y0 * y, x1 * x, y1 * y]).max() < 1
     assert np.abs(prompts.points[0, 0] - [point[0] * x, point[1] * y]).max() < 1
+
+
+def test_names_of_sizes_and_of_published_models_lead_to_the_right_command() -> None:
+    with pytest.raises(MissingAssetError, match=r"doctor --preset qwen2\.5-vl-7b"):
+        load_parts("qwen2.5-vl-7b")
+    with pytest.raises(MissingAssetError) as other:
+        load_parts("no-such-model")
+    assert "doctor" not in str(other.value)
+    with pytest.raises(ConfigError, match="predict --model seg-zero-7b"):
+        describe("seg-zero-7b")
 
 
 def test_the_presets_of_the_package() -> None:

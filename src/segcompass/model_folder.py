@@ -21,6 +21,7 @@ from segcompass.io import checkpoints
 from segcompass.io.assets import MissingAssetError, bundled
 from segcompass.io.errors import CheckpointError, ConfigError
 from segcompass.pipeline import SegCompass
+from segcompass.presets import PRESETS
 from segcompass.published import Published, find_published, preset_names
 from segcompass.reasoning.loading import load_policy, save_policy
 from segcompass.reasoning.policy import Policy, PolicyConfig
@@ -135,8 +136,9 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
         return path
     if path.is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
         known = ", ".join(["nano", *preset_names()])
+        sizes = f"; for its sizes: segcompass doctor --preset {name}" if name in PRESETS else ""
         raise MissingAssetError(
-            f"{name} is not a folder; give a model folder, a hub id, or {known}"
+            f"{name} is not a folder; give a model folder, a hub id, or {known}{sizes}"
         )
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -195,22 +197,20 @@ def save_model(
     sam: Segmenter,
     interface: Interface,
     *,
-    policy_dtype: torch.dtype | None = None,
     policy_state: dict[str, torch.Tensor] | None = None,
-    sae_metadata: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder in one move."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    save_policy(policy, partial / "policy", policy_dtype, policy_state)
+    save_policy(policy, partial / "policy", state=policy_state)
     sam.save_pretrained(partial / "segmenter")
     parts = parts_of(interface)
     if interface.sae is not None:
-        interface.sae.save(partial / "sae", sae_metadata)
+        interface.sae.save(partial / "sae")
     if "head" in parts:
         checkpoints.save_module(interface.head, partial / checkpoints.PARTS["head"])
     if interface.judge is not None:
-        save_policy(interface.judge, partial / "scorer", policy_dtype)
+        save_policy(interface.judge, partial / "scorer")
     card = model_card(config, policy, sam, interface)
     (partial / "README.md").write_text(card, encoding="utf-8")
     versions = {

@@ -68,10 +68,18 @@ class SegCompass(nn.Module):
         dtype: str | None = None,
         revision: str | None = None,
     ) -> SegCompass:
-        """Load the bundled model ("nano"), a model folder, or a model from the hub.
+        """Load a model.
+
+        Args:
+            name: "nano" (bundled), a model folder, a hub id, or the preset of a published
+                checkpoint: its name, or its YAML file.
+            device: By default CUDA where there is one.
+            dtype: Precision of the policy; by default float32, or the preset's own.
+            revision: Branch, tag or commit of a hub id; of a preset, its policy's.
 
         Raises:
             CheckpointError: if the folder is incomplete, damaged or holds parts of two models.
+            ConfigError: if a preset cannot be read, or names what it cannot have.
             MissingAssetError: if the model is not here and cannot be fetched.
         """
         from segcompass.model_folder import load_model

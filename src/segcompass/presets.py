@@ -28,6 +28,7 @@ from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.grounding.slot_mapper import SlotMapperConfig
 from segcompass.interfaces.concept_slots import ConceptSlots, HeadConfig
 from segcompass.io.errors import ConfigError
+from segcompass.published import preset_names
 from segcompass.reasoning.backbones import FAMILIES, Backbone, family_of
 from segcompass.reasoning.policy import PolicyConfig
 from segcompass.reasoning.prompts import LLAVA_TEMPLATE, QWEN_TEMPLATE, PromptConfig
@@ -172,6 +173,8 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
+        if name in preset_names():
+            hint = f"; {name} is a published model to use: segcompass predict --model {name}"
         raise ConfigError(f"no preset {name!r}, there are {', '.join(PRESETS)}{hint}")
     return PRESETS[name]
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import joint_step
+import language_step
+import measuring
 import pytest
 from typer.testing import CliRunner
 
 from segcompass.apps.cli import app
+from segcompass.apps.console import ASSET_MISSING
 
 RESULT = {
     "name": "counting",
@@ -50,6 +55,27 @@ def test_one_that_fails_is_named_and_the_rest_go_on(folder: Path) -> None:
     assert "counting on an abacus" in said and "1.25" in said
     assert "broken.py" in complaints and "out of beads" in complaints
     assert "not to be run" not in complaints
+
+
+def test_one_without_its_package_is_skipped_and_none_has_failed(folder: Path) -> None:
+    (folder / "broken.py").unlink()
+    shared = Path(measuring.__file__).parent
+    needy = f"import sys\nsys.path.insert(0, {str(shared)!r})\n"
+    (folder / "needy.py").write_text(f"{needy}from measuring import needs\nneeds('no_such_thing')")
+    code, said, complaints = bench("--folder", folder)
+    assert code == 0 and "counting on an abacus" in said
+    assert "skipped: " in complaints and "needy.py" in complaints
+    assert "pip install no_such_thing" in complaints
+
+
+def test_the_comparison_with_trl_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)  # installed or not
+    with pytest.raises(SystemExit) as left:
+        language_step.measure(joint_step.parse([]))
+    assert left.value.code == ASSET_MISSING
+    assert "pip install trl" in capsys.readouterr().err
 
 
 def test_what_cannot_be_run(folder: Path, tmp_path: Path) -> None:

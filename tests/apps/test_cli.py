@@ -173,6 +173,14 @@ def test_a_listing_without_its_columns(text: str, model: type[FakeModel], tmp_pa
     assert "instruction" in result.stderr
 
 
+def test_a_listing_that_is_nested_too_deeply(model: type[FakeModel], tmp_path: Path) -> None:
+    listing = tmp_path / "pairs.jsonl"
+    listing.write_text("[" * 100_000)
+    result = run.invoke(app, ["predict", "--instructions", str(listing)])
+    assert result.exit_code == 1
+    assert str(listing) in result.stderr
+
+
 @pytest.mark.parametrize(
     "line",
     [

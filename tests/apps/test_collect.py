@@ -30,3 +30,17 @@ def test_every_interface_is_collected(
     assert len(coco["annotations"]) == 2 and coco["categories"][0]["name"] == INSTRUCTION
     report = collector.write_report(tmp_path, "A run").read_text(encoding="utf-8")
     assert report.count("<article") == 2
+
+
+def test_links_are_replaced_not_followed(tmp_path: Path) -> None:
+    outside, out = tmp_path / "precious.txt", tmp_path / "out"
+    outside.write_text("keep me")
+    out.mkdir()
+    for name in ("coco.json", "report.html"):
+        (out / name).symlink_to(outside)
+    collector = Collector(out=out)
+    collector.take(make_prediction())
+    collector.write_coco(out / "coco.json")
+    collector.write_report(out, "A run")
+    assert outside.read_text() == "keep me"
+    assert not (out / "coco.json").is_symlink() and not (out / "report.html").is_symlink()

@@ -78,9 +78,10 @@ def test_a_file_of_predictions(samples: list[Sample]) -> None:
     assert "5 samples have no prediction: s1, s2, s3, s4, s5" in result.stderr
     strict = evaluate("--predictions", "p.jsonl", "--json", "--threshold", "0.7")
     assert json.loads(strict.stdout)["t_acc"] == 0
-    refused = evaluate("--predictions", "p.jsonl", "--batch-size", "4")
-    assert refused.exit_code == 2
-    assert "--batch-size" in refused.stderr
+    for option, value in (("--batch-size", "4"), ("--dtype", "bfloat16"), ("--revision", "main")):
+        refused = evaluate("--predictions", "p.jsonl", option, value)
+        assert refused.exit_code == 2
+        assert option in refused.stderr
 
 
 def test_calibration_of_a_run(samples: list[Sample]) -> None:

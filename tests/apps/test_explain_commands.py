@@ -52,6 +52,29 @@ def test_intervene_on_a_picture(picture: str, tiny_model: Path, tmp_path: Path) 
         assert [row["slot"] for row in csv.DictReader(lines)] == list("012345")
 
 
+def test_links_in_the_folder_are_replaced_not_followed(
+    saved: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    outside, out, model = tmp_path / "precious.txt", tmp_path / "out", str(tiny_model)
+    commands = (["intervene", "--ablate", "12"], ["provenance", "--slot", "0"])
+
+    def write() -> None:
+        for name, *more in commands:
+            line = [name, str(saved), *more, "--model", model, "--out", str(out)]
+            assert run(app, line).exit_code == 0
+
+    write()
+    written = sorted(out.iterdir())
+    assert [path.suffix for path in written] == [".csv", ".json", ".png", ".dot", ".json"]
+    for path in written:
+        path.unlink()
+        path.symlink_to(outside)
+    outside.write_text("keep me")
+    write()
+    assert outside.read_text() == "keep me"
+    assert not any(path.is_symlink() for path in out.iterdir())
+
+
 def test_a_saved_answer_needs_no_policy(
     saved: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

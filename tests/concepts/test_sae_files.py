@@ -129,6 +129,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "cut config": (cut("cfg.json", 40), r"cfg\.json: not a JSON file"),
     "binary config": (lambda f: (f / "cfg.json").write_bytes(b"\xff\xfe\x00"), "not a JSON file"),
+    "deep config": (
+        lambda f: (f / "cfg.json").write_text('{"a":' * 100_000),
+        "not a JSON file",
+    ),
     "a list": (lambda f: (f / "cfg.json").write_text("[1, 2]"), "older than SAELens 6"),
     "old layout": (edit(metadata={"model_name": "x"}), "older than SAELens 6"),
     "cut weights": (cut("sae_weights.safetensors", 300), "not a whole safetensors file"),

@@ -159,6 +159,19 @@ def test_a_damaged_mask_names_its_annotation(root: Path) -> None:
         read_refcoco(root, "val")
 
 
+@pytest.mark.parametrize("hw", [("300000", "300000"), ("0", "8"), ("6", "-8"), ("6", "Infinity")])
+def test_a_picture_of_an_impossible_size_is_named_before_it_takes_memory(
+    root: Path, hw: tuple[str, str]
+) -> None:
+    tables = json.loads((root / "instances.json").read_text())
+    tables["annotations"][0]["segmentation"] = []
+    stated = '"height": {}, "width": {}'.format(*hw)
+    text = json.dumps(tables).replace('"height": 6, "width": 8', stated)
+    (root / "instances.json").write_text(text)
+    with pytest.raises(DataError, match=r"instances\.json.* image 7"):
+        read_refcoco(root, "val")
+
+
 def test_real_sets_are_compared_with_their_published_size(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -29,12 +29,16 @@ def cells(*columns: int) -> np.ndarray:
 
 def test_figures_of_a_small_set_by_hand() -> None:
     metrics = Metrics()
-    metrics.add(score_pair(cells(0, 1), cells(1, 2), kind="a", reasoning_correct=True))
-    metrics.add(score_pair(cells(1), cells(1), kind="a", reasoning_correct=False))
-    metrics.add(score_pair(EMPTY, cells(1, 2), kind="b", status=Status.NO_TARGET))
-    metrics.add(score_pair(EMPTY, EMPTY, kind="b", status=Status.NO_TARGET))
-    metrics.add(score_pair(cells(3), EMPTY, kind="c"))
-    metrics.add(score_pair(EMPTY, EMPTY, status=Status.MALFORMED))
+    nothing = Status.NO_TARGET
+    for score, kind, thought in (
+        (score_pair(cells(0, 1), cells(1, 2)), "a", True),
+        (score_pair(cells(1), cells(1)), "a", False),
+        (score_pair(EMPTY, cells(1, 2), status=nothing), "b", None),
+        (score_pair(EMPTY, EMPTY, status=nothing), "b", None),
+        (score_pair(cells(3), EMPTY), "c", None),
+        (score_pair(EMPTY, EMPTY, status=Status.MALFORMED), None, None),
+    ):
+        metrics.add(replace(score, kind=kind, reasoning_correct=thought))
     result = metrics.result()
     assert result["samples"] == 6
     assert result["giou"] == pytest.approx((1 / 3 + 1 + 0 + 1 + 0 + 0) / 6)

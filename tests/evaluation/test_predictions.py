@@ -115,6 +115,15 @@ def test_a_fault_is_named_by_its_line(
     assert found["samples"] in (5, 6)
 
 
+def test_a_line_that_is_nested_too_deeply(samples: list[Sample], tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [{"id": "s0", "masks": [rle(0)]}])
+    with path.open("a") as file:
+        file.write('{"id": "s1", "masks": ' + "[" * 100_000 + "\n")
+    with pytest.raises(DataError, match=r"p\.jsonl:2: "):
+        judge_predictions(path, tmp_path, "val")
+    assert judge_predictions(path, tmp_path, "val", skip_broken=True)["samples"] == 6
+
+
 @pytest.mark.parametrize(
     ("result", "said"),
     [

@@ -194,9 +194,7 @@ def test_slots_and_their_union_score_alike(seed: int, threshold: float) -> None:
             asked.slots[asked.confidences > threshold].any(axis=0),
             asked.targets.any(axis=0),
             asked.ignore,
-            sample_id=asked.name,
             status=asked.status,
-            kind=asked.kind,
         )
         names = ("intersection", "union", "iou", "has_target", "predicted_any", "target_share")
         for score in (asked.score(threshold), asked.score(0.7).at(threshold)):

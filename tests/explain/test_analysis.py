@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from tiny import policy_config, tiny_sam
 from typer.testing import CliRunner
 
 from segcompass.apps.cli import app
+from segcompass.apps.console import ASSET_MISSING
 from segcompass.data.samples import read_dataset
 from segcompass.explain import concept_cards
 from segcompass.explain.analysis import Analysis, answers, panel_ids
 from segcompass.explain.concept_cards import Card
 from segcompass.explain.deletion import CHANGED
+from segcompass.explain.figures import save_figure, write_csv
 from segcompass.explain.intervene import Edit, intervene
 from segcompass.explain.provenance import provenance
 from segcompass.io.errors import DataError
@@ -27,7 +30,7 @@ from segcompass.pipeline import SegCompass
 from segcompass.reasoning.loading import load_policy
 from segcompass.types import Prediction, Sample
 
-pytest.importorskip("matplotlib")
+Figure = pytest.importorskip("matplotlib.figure").Figure
 TABLES = ("activation_patterns", "instance_coverage", "samples", "heatmap", "sae_error")
 OTHERS = {  # interfaces without concepts: head, and how the policy is asked
     "concentration_token": ({"mapper": {"heads": 2, "head_width": 8}}, {"slots": 1}),
@@ -86,6 +89,39 @@ def test_answers_of_another_model_are_refused(run: Path, scenes_root: Path) -> N
     samples = read_dataset(scenes_root, "val")
     with pytest.raises(DataError, match="another model's"):
         next(answers(Other(), samples, saved=run / "answers"))  # type: ignore[arg-type]
+
+
+def test_a_damaged_note_of_whose_answers_they_are(
+    tiny_model: Path, scenes_root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "answers.json").write_text("{")
+    model = SegCompass.from_pretrained(tiny_model)
+    with pytest.raises(DataError, match=r"answers\.json cannot be read .*another folder"):
+        next(answers(model, read_dataset(scenes_root, "val"), saved=tmp_path))
+
+
+def test_links_among_the_figures_are_replaced_not_followed(tmp_path: Path) -> None:
+    outside, out = tmp_path / "precious.txt", tmp_path / "out"
+    outside.write_text("keep me")
+    out.mkdir()
+    names = ["samples.csv", "figure.svg", "figure.png"]
+    for name in names:
+        (out / name).symlink_to(outside)
+    write_csv(out / "samples.csv", [{"a": 1}])
+    save_figure(Figure(), out / "figure")
+    assert outside.read_text() == "keep me"
+    assert not any((out / name).is_symlink() for name in names)
+
+
+def test_without_matplotlib_nothing_is_answered(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(SegCompass, "from_pretrained", None)  # is not reached
+    asked = ["analyze", "--data", str(scenes_root), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == ASSET_MISSING
+    assert "pip install 'segcompass[viz]'" in result.stderr
 
 
 def test_no_hook_outlives_an_analysis(tiny_model: Path, scenes_root: Path) -> None:

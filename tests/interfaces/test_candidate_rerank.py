@@ -19,6 +19,7 @@ from segcompass.interfaces.candidate_rerank import (
     choose,
 )
 from segcompass.interfaces.candidates import Candidate, CandidateConfig, iou
+from segcompass.interfaces.concept_slots import with_concepts
 from segcompass.io.checkpoints import PARTS
 from segcompass.io.errors import ConfigError
 from segcompass.model_folder import ModelConfig, load_parts, save_model
@@ -91,6 +92,13 @@ def assert_same(mine: Prediction, other: Prediction, but: Sequence[str] = ()) ->
 
 
 ASKED = ["the mug", "a red plate"]
+
+
+def test_it_is_not_explained_by_its_sources_concepts(model: SegCompass) -> None:
+    assert with_concepts(model.interface) is model.interface
+    interface = reranked(model, refuse).interface
+    with pytest.raises(ValueError, match=r"chooses among candidates.*explain that one"):
+        with_concepts(interface)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])

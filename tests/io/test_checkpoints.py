@@ -77,6 +77,7 @@ def test_a_missing_part_is_named(folder: Path, name: str) -> None:
     ("text", "problem"),
     [
         ("{", "is damaged"),
+        ("[" * 100_000, "is damaged"),
         ("[]", "has format 'list'"),
         ('{"format": "other/9"}', "has format 'other/9'.*reads 'segcompass.model/1'"),
         ('{"format": "segcompass.model/1"}', "no 'config' section"),

@@ -76,7 +76,7 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
         load_prediction(paths["json"])
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "no JSON", '{"schema": "other/1"}'])
+@pytest.mark.parametrize("content", ["{}", "[]", "no JSON", '{"schema": "other/1"}', "[" * 100_000])
 def test_json_of_another_kind(tmp_path: Path, content: str) -> None:
     path = save(make_prediction(), tmp_path)["json"]
     path.write_text(content)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tiny import TEXTS
 
+from segcompass.io.errors import ConfigError
 from segcompass.reasoning.from_scratch import CONTROL, ScratchConfig, build_tokenizer
 from segcompass.reasoning.loading import load_policy, new_policy, save_policy
 from segcompass.reasoning.policy import Policy, PolicyConfig
@@ -87,6 +89,37 @@ def test_a_new_policy_runs_and_is_reproducible(fresh: Policy) -> None:
     assert visual.grid == (2, 2)  # 32 px, patches of 8, merged by 2
     result = fresh.generate([visual], ["the mug"], force_form=True)
     assert result.answers[0].status == Status.OK
+
+
+def test_the_smallest_sizes_that_are_allowed_can_be_built_and_run() -> None:
+    ones = {"layers": 1, "vision_layers": 1, "ffn": 1, "vision_ffn": 1, "vocabulary": 365}
+    heads = {"width": 6, "heads": 3, "vision_width": 12, "vision_heads": 3}
+    small = ScratchConfig(**ones, **heads, patch=4, image_side=8)
+    policy = new_policy(small, USE, list(TEXTS), seed=0)
+    assert len(policy.tokenizer) == 365
+    visual = policy.backbone.prepare(np.zeros((50, 40, 3), np.uint8))
+    assert policy.generate([visual], ["the mug"], force_form=True).answers[0].status == Status.OK
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"heads": 0}, "heads\n.*greater than or equal to 1"),
+        ({"patch": 0}, "patch\n.*greater than or equal to 1"),
+        ({"width": 50}, r"width must be a multiple of 2·heads = 8, got 50"),
+        ({"width": 44}, r"width must be a multiple of 2·heads = 8, got 44"),
+        ({"vision_width": 12}, r"vision_width must be a multiple of 4·vision_heads = 8, got 12"),
+        ({"image_side": 15}, r"image_side must be at least 2·patch = 16, got 15"),
+    ],
+)
+def test_sizes_that_cannot_be_built_are_refused(changes: dict[str, int], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        ScratchConfig(**SMALL.model_dump() | changes)
+
+
+def test_a_vocabulary_without_room_for_bytes_and_letters_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"364 entries .* policy\.scratch\.vocabulary to 365"):
+        build_tokenizer(TEXTS, 364, slots=6)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

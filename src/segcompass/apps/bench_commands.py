@@ -12,7 +12,9 @@ import typer
 
 from segcompass.apps import console
 from segcompass.apps.options import AsJson
+from segcompass.io.assets import MissingAssetError
 from segcompass.io.errors import ConfigError, DataError
+from segcompass.io.files import write_whole
 from segcompass.io.progress import progress
 
 app = typer.Typer()
@@ -42,12 +44,16 @@ def bench(
     with progress("benchmarks") as moved:
         for done, script in enumerate(scripts):
             moved(done, len(scripts))
-            result = _run(script)
-            failed |= result is None
-            results += [] if result is None else [result]
+            try:
+                results.append(_run(script))
+            except MissingAssetError as error:
+                print(f"skipped: {script}: {error}", file=sys.stderr)
+            except DataError as error:
+                console.complain(error, str(script))
+                failed = True
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(HEAD + "".join(map(_section, results)), encoding="utf-8")
+        write_whole(out, HEAD + "".join(map(_section, results)))
     for result in results:
         if as_json:
             print(json.dumps(result))
@@ -55,7 +61,7 @@ def bench(
             print(f"{result['name']} on {result['machine']}")
             console.print_table([_cells(row) for row in result["rows"]])
     if failed:
-        raise typer.Exit(3)
+        raise typer.Exit(console.SOME_FAILED)
 
 
 def _scripts(folder: Path, names: list[str]) -> list[Path]:
@@ -69,16 +75,22 @@ def _scripts(folder: Path, names: list[str]) -> list[Path]:
     return [known[name] for name in names or known]
 
 
-def _run(script: Path) -> dict[str, Any] | None:
-    """One script's result, in a process of its own; None where it failed, which is told."""
+def _run(script: Path) -> dict[str, Any]:
+    """One script's result, in a process of its own.
+
+    Raises:
+        MissingAssetError: it lacks an optional package, and says so by its exit code.
+        DataError: it failed.
+    """
     command = [sys.executable, str(script), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no result"]
-        console.complain(DataError(f"the benchmark failed: {said[-1]}"), str(script))
-        return None
+        if done.returncode == console.ASSET_MISSING:
+            raise MissingAssetError(said[-1]) from None
+        raise DataError(f"the benchmark failed: {said[-1]}") from None
     return result
 
 

@@ -10,6 +10,7 @@ import typer
 from segcompass.apps import console
 from segcompass.apps.runs import Failure, summary
 from segcompass.io import masks
+from segcompass.io.files import write_whole
 from segcompass.io.outputs import dump_json, save, to_coco, to_json
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Collector:
             "annotations": self._annotations,
             "categories": categories,
         }
-        path.write_text(dump_json(record) + "\n", encoding="utf-8")
+        write_whole(path, dump_json(record) + "\n")
 
     def write_report(self, folder: Path, title: str) -> Path:
         """Write ``report.html`` and return its path."""

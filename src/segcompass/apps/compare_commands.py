@@ -26,8 +26,8 @@ def compare(
     """Train, judge and measure every arm of CONFIG.yaml with every seed; a later call goes on."""
     from segcompass.apps.compare_page import write_compare_page
     from segcompass.evaluation.comparison import flat, shown
-    from segcompass.evaluation.run_log import replace_file
     from segcompass.evaluation.tables import as_csv, as_markdown
+    from segcompass.io.files import write_whole
     from segcompass.learning.arms import load_experiment
     from segcompass.learning.compare import compare
 
@@ -40,7 +40,7 @@ def compare(
         "csv": as_csv([flat(row) for row in rows]),
     }
     for kind, text in texts.items():
-        replace_file(experiment.out / f"comparison.{kind}", text)
+        write_whole(experiment.out / f"comparison.{kind}", text)
     page = write_compare_page(experiment, rows)
     if as_json:
         print(json.dumps(rows))

@@ -16,6 +16,7 @@ from segcompass.apps.samples_page import STATUSES
 from segcompass.evaluation.comparison import shown
 from segcompass.evaluation.run_log import ROWS, read_rows
 from segcompass.io import masks
+from segcompass.io.files import write_whole
 from segcompass.io.outputs import overlay, slot_colour
 from segcompass.io.readings import slot_concepts
 from segcompass.io.saved import load_prediction
@@ -62,7 +63,7 @@ def write_compare_page(experiment: Experiment, rows: Sequence[Mapping[str, Any]]
         samples=samples,
     )
     path = experiment.out / PAGE
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 

@@ -16,6 +16,7 @@ from segcompass.apps.pages import data_uri, render, visible
 from segcompass.explain.concept_cards import CLEAR, Card
 from segcompass.explain.concept_counts import EDGES
 from segcompass.explain.vocabulary import FAMILIES
+from segcompass.io.files import write_whole
 from segcompass.io.images import load_image
 
 CELL = 104  # px, the longer side of a picture on a sheet
@@ -66,7 +67,7 @@ def write_concept_page(
         data=data,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 

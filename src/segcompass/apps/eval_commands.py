@@ -35,7 +35,10 @@ DIAGRAMS = {
     "slots": "A slot's confidence, and matching a target",
     "presence": "The highest confidence, and there being a target",
 }
-MODEL_ONLY = ("model", "limit", "batch_size", "control", "force_format", "paths")
+MODEL_ONLY = (
+    *("model", "dtype", "revision", "limit"),
+    *("batch_size", "control", "force_format", "paths"),
+)
 
 
 class Control(StrEnum):
@@ -143,16 +146,17 @@ def calibrate(
     """Choose the confidence threshold of highest gIoU, and say how far confidences hold."""
     from segcompass.evaluation.calibration import calibrate
     from segcompass.evaluation.diagram import reliability_svg
-    from segcompass.evaluation.run_log import ROWS, read_figures, read_scores, replace_file
+    from segcompass.evaluation.run_log import ROWS, read_figures, read_scores
+    from segcompass.io.files import write_whole
 
     figures = read_figures(run)
     found = calibrate(read_scores(run / ROWS), figures["split"], figures.get("control"))
     result = found.result()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        replace_file(out / "calibration.json", json.dumps(result, indent=2) + "\n")
+        write_whole(out / "calibration.json", json.dumps(result, indent=2) + "\n")
         for name, title in DIAGRAMS.items():
-            replace_file(out / f"{name}.svg", reliability_svg(getattr(found, name), title))
+            write_whole(out / f"{name}.svg", reliability_svg(getattr(found, name), title))
     if as_json:
         print(json.dumps(result))
     else:

@@ -24,6 +24,7 @@ from segcompass.apps.options import (
     Threshold,
     load,
 )
+from segcompass.io.files import bytes_of, write_whole
 from segcompass.io.progress import progress
 
 if TYPE_CHECKING:
@@ -73,10 +74,12 @@ def analyze(
     from segcompass.data.samples import read_dataset
     from segcompass.explain.analysis import Analysis, answers, panel_ids
     from segcompass.explain.concept_cards import naming, summarise
+    from segcompass.explain.figures import check_drawing
     from segcompass.interfaces.concept_slots import with_concepts
     from segcompass.io.errors import DataError
     from segcompass.io.outputs import dump_json
 
+    check_drawing()
     samples = read_dataset(data, split, layout=layout and layout.value, limit=limit)
     if not samples:
         raise DataError(f"{data}: the split {split!r} holds no samples; choose another")
@@ -100,7 +103,7 @@ def analyze(
         with progress("faithfulness") as moved:
             again = answers(loaded, samples, saved=predictions, batch_size=1, progress=moved)
             summary["faithfulness"] = _write_faithfulness(loaded, again, named, out)
-    (out / "summary.json").write_text(dump_json(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(out / "summary.json", dump_json(summary, indent=2) + "\n")
     if as_json:
         print(dump_json(summary))
     else:
@@ -156,8 +159,7 @@ def _write_faithfulness(
     from segcompass.io.outputs import dump_json
 
     result = faithfulness(model, answered, named=named)
-    text = dump_json(result, indent=2) + "\n"
-    (out / "faithfulness.json").write_text(text, encoding="utf-8")
+    write_whole(out / "faithfulness.json", dump_json(result, indent=2) + "\n")
     write_csv(out / "faithfulness.csv", result["rows"])
     write_csv(out / "thought_consistency.csv", result["thoughts"]["rows"])
     residuals = [{"scalar": name} | figures for name, figures in result["residual"].items()]
@@ -223,10 +225,11 @@ def intervene(
         out.mkdir(parents=True, exist_ok=True)
         stem = f"{file_stem(changed.before)}.intervention"
         entries = [Entry(changed.before), Entry(changed.after)]
-        sheet(entries, "Before and after").save(out / f"{stem}.png")
+        picture = sheet(entries, "Before and after")
+        png = bytes_of(lambda file: picture.save(file, format="PNG"))
+        write_whole(out / f"{stem}.png", png)
         write_csv(out / f"{stem}.csv", changed.slot_rows())
-        text = dump_json(changed.to_json(), indent=2) + "\n"
-        (out / f"{stem}.json").write_text(text, encoding="utf-8")
+        write_whole(out / f"{stem}.json", dump_json(changed.to_json(), indent=2) + "\n")
         console.note(f"wrote {out / stem}.png, .csv and .json")
     if as_json:
         print(dump_json(changed.to_json()))
@@ -264,8 +267,8 @@ def provenance(
 
         out.mkdir(parents=True, exist_ok=True)
         stem = f"{file_stem(traced[0].prediction)}.provenance"
-        (out / f"{stem}.json").write_text(dump_json(record, indent=2) + "\n", encoding="utf-8")
-        (out / f"{stem}.dot").write_text(graph.to_dot(traced, top), encoding="utf-8")
+        write_whole(out / f"{stem}.json", dump_json(record, indent=2) + "\n")
+        write_whole(out / f"{stem}.dot", graph.to_dot(traced, top))
         console.note(f"wrote {out / stem}.json and .dot")
     if as_json:
         print(dump_json(record))

@@ -18,7 +18,8 @@ Model = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: what is there.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="The policy's precision: float32 (default), bfloat16 …")
+    str | None,
+    typer.Option(help="The policy's precision: bfloat16 …; default: float32, or a preset's own."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]

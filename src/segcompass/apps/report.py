@@ -15,6 +15,7 @@ from segcompass.apps import report_layers as layers
 from segcompass.apps.pages import render
 from segcompass.apps.report_concepts import NO_DATA, read_concepts
 from segcompass.apps.report_words import Segment
+from segcompass.io.files import write_whole
 from segcompass.io.outputs import slot_colour, slot_prompts
 from segcompass.types import Prediction, Status
 
@@ -49,7 +50,7 @@ def write_report(
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render_report(predictions, title=title), encoding="utf-8")
+    write_whole(target, render_report(predictions, title=title))
     return target
 
 

@@ -81,7 +81,7 @@ def read_jobs(path: Path) -> list[Job]:
                     "'image' and 'instruction'"
                 )
             jobs.append(Job(path.parent / image, text))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error) as error:
         raise DataError(f"{path}: {error}; expected UTF-8 CSV, or JSON objects by line") from error
     if not jobs:
         raise DataError(f"{path}: holds no rows; expected 'image' and 'instruction' in each")

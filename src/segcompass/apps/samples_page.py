@@ -19,6 +19,7 @@ from segcompass.evaluation.picks import GROUPS, Pick, pick
 from segcompass.evaluation.run_log import ROWS, read_figures
 from segcompass.io import masks
 from segcompass.io.errors import SegCompassError
+from segcompass.io.files import write_whole
 from segcompass.io.images import load_image
 from segcompass.types import Rle
 
@@ -71,7 +72,7 @@ def write_samples_page(run: Path) -> Path:
         cards=[_card(number, chosen, figures["threshold"]) for number, chosen in enumerate(picks)],
     )
     path = run / PAGE
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 

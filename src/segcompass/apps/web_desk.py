@@ -16,6 +16,7 @@ from segcompass.apps.report import write_report
 from segcompass.apps.web_frames import can_be_changed
 from segcompass.explain.intervene import Edit, Intervention, intervene
 from segcompass.explain.provenance import SlotProvenance, provenance
+from segcompass.io.files import write_whole
 from segcompass.io.images import load_image
 from segcompass.io.outputs import save
 from segcompass.pipeline import SegCompass
@@ -122,7 +123,7 @@ class Desk:
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         files = save(prediction, folder)
         coco, report = folder / "coco.json", folder / "report.html"
-        coco.write_text(json.dumps(prediction.to_coco()) + "\n", encoding="utf-8")
+        write_whole(coco, json.dumps(prediction.to_coco()) + "\n")
         write_report([prediction], report)
         return Answer(prediction, (report, files.pop("json"), coco, *files.values()))
 

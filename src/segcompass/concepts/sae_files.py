@@ -90,7 +90,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     _check_exists(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
         raise ValueError(
             f"{path}: not a JSON file ({error}); write the folder again or fetch it anew"
         ) from error

@@ -16,18 +16,18 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, Field
 
+from segcompass.io import parquet
 from segcompass.io.errors import DataError, SegCompassError
 from segcompass.io.images import UInt8Array, load_image
 
 COLUMNS = ("texts", "images")
-SUFFIXES = (".parquet", ".jsonl")
+SUFFIXES = (parquet.SUFFIX, ".jsonl")
 LINES = 256  # of a JSONL file in one block
 MAX_LINE = 1 << 24  # bytes; a longer line of text and paths is no document
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class DocumentSet:
 
     def _read_block(self, number: int) -> list[Any]:
         block = self.blocks[number]
-        read = _read_row_group if block.path.suffix == ".parquet" else _read_lines
+        read = _read_row_group if block.path.suffix == parquet.SUFFIX else _read_lines
         return read(block)
 
     def _parts(self, row: Any) -> tuple[str | UInt8Array, ...]:
@@ -198,53 +198,27 @@ def _is_unicode(text: str) -> bool:
 
 
 def _blocks_of(path: Path) -> list[_Block]:
-    return _row_groups(path) if path.suffix == ".parquet" else _line_blocks(path)
-
-
-class _Parquet(NamedTuple):
-    """The parts of pyarrow that are used."""
-
-    open: Any  # ParquetFile
-    error: type[Exception]
-
-
-def _parquet() -> _Parquet:
-    try:
-        error = import_module("pyarrow").ArrowException
-        return _Parquet(import_module("pyarrow.parquet").ParquetFile, error)
-    except ImportError as error:
-        raise DataError(
-            "Parquet files need pyarrow; install segcompass[data], or store the documents as JSONL"
-        ) from error
+    return _row_groups(path) if path.suffix == parquet.SUFFIX else _line_blocks(path)
 
 
 def _row_groups(path: Path) -> list[_Block]:
-    parquet = _parquet()
-    try:
-        with parquet.open(path) as file:
-            facts = file.metadata
-            names = set(file.schema_arrow.names)
-            sizes = [facts.row_group(i).num_rows for i in range(facts.num_row_groups)]
-    except (parquet.error, OSError) as error:
-        raise DataError(f"{path} is no whole Parquet file ({error}); fetch it again") from error
+    names = set(parquet.columns(path))
     if not set(COLUMNS) <= names:
         raise DataError(
             f"{path} has the columns {', '.join(sorted(names)) or 'none'}; "
             f"documents have {' and '.join(COLUMNS)}"
         )
+    sizes = parquet.group_sizes(path)
     firsts = np.cumsum([0, *sizes])
     return [_Block(path, i, int(firsts[i]), n) for i, n in enumerate(sizes) if n]
 
 
 def _read_row_group(block: _Block) -> list[Any]:
-    parquet = _parquet()
     try:
-        with parquet.open(block.path) as file:
-            rows = file.read_row_group(block.number, columns=list(COLUMNS)).to_pylist()
-    except (parquet.error, OSError, ValueError) as error:  # damaged pages, broken UTF-8
+        return list(parquet.read_group(block.path, block.number, list(COLUMNS)).to_pylist())
+    except ValueError as error:  # damaged pages, broken UTF-8
         broken = DataError(f"row group {block.number} cannot be read ({error})")
         return [broken] * block.rows
-    return list(rows)
 
 
 def _line_blocks(path: Path) -> list[_Block]:

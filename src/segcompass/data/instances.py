@@ -9,6 +9,7 @@ from typing import Any
 from segcompass.data.json_files import load_json
 from segcompass.io import archives, masks
 from segcompass.io.errors import DataError, UnsafeFileError
+from segcompass.io.images import MAX_PIXELS
 from segcompass.types import NamedObject, Rle
 
 FILE = "instances.json"
@@ -89,12 +90,18 @@ class Instances:
         return [self.annotations[ann_id] for ann_id in self._members.get(image_id, ())]
 
     def image_hw(self, image_id: int) -> tuple[int, int]:
-        """(height, width) of a picture as stated; raises DataError where it is not."""
+        """(height, width) of a picture as stated; raises DataError where it cannot be."""
         image = self.images.get(image_id, {})
         try:
-            return int(image["height"]), int(image["width"])
-        except (TypeError, KeyError, ValueError) as error:
+            height, width = int(image["height"]), int(image["width"])
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise DataError(f"{self.path} does not describe image {image_id}") from error
+        if min(height, width) < 1 or height * width > MAX_PIXELS:
+            raise DataError(
+                f"{self.path}: image {image_id} is said to be {width}x{height}; pictures have "
+                f"from 1 to {MAX_PIXELS:,} pixels"
+            )
+        return height, width
 
     def image_path(self, image_id: int) -> Path:
         """File of a picture.

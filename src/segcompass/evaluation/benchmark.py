@@ -22,10 +22,11 @@ from segcompass.evaluation.answers import Answer, Question, judge_answer, row_de
 from segcompass.evaluation.candidates import weigh
 from segcompass.evaluation.controls import pose
 from segcompass.evaluation.metrics import Metrics
-from segcompass.evaluation.run_log import METRICS, RunLog, replace_file
+from segcompass.evaluation.run_log import METRICS, RunLog
 from segcompass.evaluation.scoring import PairScore
 from segcompass.evaluation.splits import Broken, Split
 from segcompass.io.errors import DataError, SegCompassError
+from segcompass.io.files import write_whole
 from segcompass.learning.engine.distributed import World
 from segcompass.types import Prediction
 
@@ -164,7 +165,7 @@ def measure(
         "environment": _environment() | {"processes": world.size},
     }
     if out is not None and world.is_main:
-        replace_file(out / METRICS, json.dumps(result, indent=2) + "\n")
+        write_whole(out / METRICS, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -105,7 +105,7 @@ def read_predictions(
     for place, item in reader.items(path, text):
         try:
             reader.take(place, item)
-        except (DataError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             odd = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             if on_broken is None:
                 raise DataError(f"{place}: {odd}") from error

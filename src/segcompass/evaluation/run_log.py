@@ -16,6 +16,7 @@ from typing import Any
 
 from segcompass.evaluation.scoring import PairScore
 from segcompass.io.errors import DataError, SegCompassError
+from segcompass.io.files import read_object, write_whole
 from segcompass.learning.engine.distributed import World
 
 ROWS, SETTINGS, METRICS = "samples.jsonl", "run.json", "metrics.json"
@@ -84,7 +85,7 @@ class RunLog:
                 lines.setdefault(_parse(path, number, line)["sample_id"], line)
         known = [sample_id for sample_id in self.order if sample_id in lines]
         ordered = dict.fromkeys([*known, *lines])  # rows beyond a lower limit stay
-        replace_file(self.out / ROWS, "".join(lines[sample_id] for sample_id in ordered))
+        write_whole(self.out / ROWS, "".join(lines[sample_id] for sample_id in ordered))
         for part in parts:
             part.unlink()
 
@@ -120,13 +121,6 @@ def read_scores(path: Path) -> Iterator[PairScore]:
             raise _no_row(path, number, error) from error
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors="replace")
-    part.replace(path)
-
-
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder this run's own, unless it is another's."""
     out.mkdir(parents=True, exist_ok=True)
@@ -141,19 +135,11 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             )
     elif any(out.glob("samples*.jsonl")):
         raise DataError(f"{out}: holds rows without the {SETTINGS} of their run; choose another")
-    replace_file(described, json.dumps(settings, indent=2) + "\n")
+    write_whole(described, json.dumps(settings, indent=2) + "\n")
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); give a folder that eval --out wrote to its end"
-        ) from error
-    return found
+    return read_object(path, "give a folder that eval --out wrote to its end")
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -108,10 +108,7 @@ def score_pair(
     target: Bool[np.ndarray, "H W"],
     ignore: Bool[np.ndarray, "H W"] | None = None,
     *,
-    sample_id: str = "",
     status: Status = Status.OK,
-    kind: str | None = None,
-    reasoning_correct: bool | None = None,
 ) -> PairScore:
     """Score one union mask by the gRefCOCO rules, at the image's own size.
 
@@ -119,14 +116,11 @@ def score_pair(
         prediction: union of the accepted slots; not looked at unless the answer is well-formed.
         target: union of the target instances; empty when nothing matches.
         ignore: pixels left out of both (ReasonSeg).
-        sample_id: carried along.
         status: how the answer ended.
-        kind: question kind, for the breakdown.
-        reasoning_correct: whether the thought names exactly the targets, where that can be judged.
 
     Returns:
-        The score, without what needs single instances; an empty union counts as IoU 1 where the
-        answer is well-formed.
+        The score of a nameless sample, without what needs single instances; an empty union counts
+        as IoU 1 where the answer is well-formed.
 
     Raises:
         ValueError: the masks differ in shape.
@@ -142,15 +136,13 @@ def score_pair(
     union = int(np.count_nonzero(predicted | target))
     visible = target.size - (0 if ignore is None else int(np.count_nonzero(ignore)))
     return PairScore(
-        sample_id=sample_id,
+        sample_id="",
         intersection=intersection,
         union=union,
         iou=_iou(intersection, union, well_formed),
         has_target=bool(target.any()),
         predicted_any=bool(predicted.any()),
         status=status,
-        kind=kind,
-        reasoning_correct=reasoning_correct,
         target_share=_share(int(np.count_nonzero(target)), visible),
     )
 

@@ -27,6 +27,7 @@ from segcompass.explain.correlation import (
 from segcompass.explain.instance_coverage import InstanceCoverage
 from segcompass.explain.panels import draw_panels
 from segcompass.io.errors import DataError
+from segcompass.io.files import read_object, write_whole
 from segcompass.io.outputs import save, stem_of
 from segcompass.io.saved import load_prediction
 from segcompass.learning.watching.panels import choose
@@ -99,13 +100,11 @@ def answers(
 def _claim(folder: Path, whose: dict[str, str]) -> None:
     """Note whose answers the folder holds; refuse it if they are another model's."""
     note = folder / ANSWERS
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != whose:
-        raise DataError(
-            f"{note}: the answers here are another model's, {note.read_text(encoding='utf-8')!r}; "
-            "choose another folder, or delete this one"
-        )
+    way_out = "choose another folder, or delete this one"
+    if note.is_file() and (found := read_object(note, way_out)) != whose:
+        raise DataError(f"{note}: the answers here are another model's, {found}; {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(whose) + "\n", encoding="utf-8")
+    write_whole(note, json.dumps(whose) + "\n")
 
 
 def _saved(folder: Path, batch: Sequence[Sample]) -> dict[str, Prediction]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from segcompass.explain.correlation import Correlation
+from segcompass.io.assets import MissingAssetError
+from segcompass.io.files import bytes_of, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,13 +56,30 @@ STYLE: Any = {
     "svg.hashsalt": "segcompass",  # equal data, equal bytes
 }
 
+SAVED: dict[str, Any] = {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 200}}
+
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys; numbers in full, None as nothing."""
-    with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def check_drawing() -> None:
+    """Find out before any work whether figures can be drawn.
+
+    Raises:
+        MissingAssetError: without the extra ``viz``.
+    """
+    try:
+        import_module("matplotlib.figure")
+    except ImportError as error:
+        raise MissingAssetError(
+            f"figures need matplotlib ({error}); install it with: pip install 'segcompass[viz]'"
+        ) from error
 
 
 def draw_patterns(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
@@ -180,5 +202,6 @@ def _canvas(stem: Path, size: tuple[float, float], columns: int = 1) -> Iterator
 
 def save_figure(figure: Figure, stem: Path) -> None:
     """Write STEM.svg and STEM.png."""
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(stem.with_suffix(".png"), dpi=200)
+    for kind, options in SAVED.items():
+        save = partial(figure.savefig, format=kind, **options)
+        write_whole(stem.with_suffix(f".{kind}"), bytes_of(save))

@@ -35,7 +35,9 @@ class CandidateRerankConfig(OfInterface, InterfaceConfig, frozen=True):
 
     candidates: CandidateConfig = CandidateConfig()
     scorer: PolicyConfig | None = Field(
-        None, description="how the judge is asked; null: for a score, in the source policy's chat"
+        None,
+        description="how the judge is asked; null: for a score, in the source policy's chat, or "
+        "in that of train_scorer.judge's family where another policy judges",
     )
     together: int = Field(16, ge=1, description="candidates that are judged at once")
     margin: float | None = Field(

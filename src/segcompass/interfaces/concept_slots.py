@@ -209,11 +209,16 @@ def with_concepts(interface: Interface) -> ConceptSlots:
     """The interface, if it has concepts to explain.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if it has none, or others than its own decide about its answers.
     """
-    if not isinstance(interface, ConceptSlots):
+    if isinstance(interface, ConceptSlots):
+        return interface
+    if interface.sae is not None:
         raise ValueError(
-            f"a model of the interface {interface.name} has no concepts to look at or to change; "
-            "take one of the interface concept_slots"
+            f"a model of the interface {interface.name} chooses among candidates, which its source "
+            "model's concepts do not explain; explain that one, of the interface concept_slots"
         )
-    return interface
+    raise ValueError(
+        f"a model of the interface {interface.name} has no concepts to look at or to change; "
+        "take one of the interface concept_slots"
+    )

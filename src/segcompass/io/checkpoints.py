@@ -97,7 +97,7 @@ def read_binding(folder: Path) -> dict[str, Any]:
             f"{folder} is no SegCompass model folder: it has no {BINDING}; "
             "give a folder written by `segcompass train`"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
         raise CheckpointError(f"{path} is damaged ({error}); get a fresh copy") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__

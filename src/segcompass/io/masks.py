@@ -1,4 +1,4 @@
-"""Masks as files and records: run lengths (COCO), polygons (COCO and ReasonSeg), PNG, boxes.
+"""Masks as files and records: run lengths (COCO), polygons (COCO and ReasonSeg), boxes.
 
 Two polygon conventions live side by side. COCO's coordinates are pixel *corners*
 (``from_segmentation``). ReasonSeg's are pixel *centres*, and its outline belongs to the shape
@@ -8,7 +8,6 @@ Two polygon conventions live side by side. COCO's coordinates are pixel *corners
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,19 +82,6 @@ def run_lengths(counts: str) -> list[int]:
 def area(rle: Rle) -> int:
     """Number of pixels in the mask."""
     return int(coco.area(_bytes(rle)))
-
-
-def iou(first: Rle, second: Rle) -> float:
-    """Intersection over union of two masks of one size; 1 where both are empty.
-
-    Raises:
-        ValueError: the sizes differ.
-    """
-    if list(first["size"]) != list(second["size"]):
-        raise ValueError(f"masks of different sizes: {first['size']} and {second['size']}")
-    if area(first) == 0 and area(second) == 0:
-        return 1.0
-    return float(coco.iou([_bytes(first)], [_bytes(second)], [0])[0, 0])
 
 
 def union(rles: Sequence[Rle], hw: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
@@ -202,11 +188,6 @@ def draw_into(draw: ImageDraw.ImageDraw, points: Iterable[Sequence[float]], valu
     if len(path) > 2:
         draw.polygon(path, fill=value)
     draw.line([*path, path[0]], fill=value)  # the outline counts, and thin shapes are all outline
-
-
-def save_png(mask: Bool[np.ndarray, "H W"], path: Path) -> None:
-    """Write a mask as an 8-bit grey PNG: 255 inside, 0 outside."""
-    Image.fromarray(mask.astype(np.uint8) * 255).save(path, format="PNG")
 
 
 def _from_runs(segmentation: dict[str, Any], hw: tuple[int, int]) -> Rle:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
-import io
 import json
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from scipy import ndimage
 
 from segcompass.io import masks as mask_io
 from segcompass.io.arrays import to_arrays
+from segcompass.io.files import bytes_of, write_whole
 from segcompass.io.readings import active_concepts, slot_concepts
 from segcompass.types import BoxPrompts, Candidates, Prediction
 
@@ -242,12 +241,12 @@ def save(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
     for stale in {*root.glob(f"{stem}.slot-*.png")} - {*paths.values()}:  # answers differ in slots
         stale.unlink(missing_ok=True)
     for what, path in paths.items():
-        _write(path, _png_bytes(pictures[what]))
+        write_whole(path, _png_bytes(pictures[what]))
     paths["arrays"], arrays = root / f"{stem}.npz", to_arrays(prediction)
-    _write(paths["arrays"], _bytes_of(lambda out: np.savez_compressed(out, **arrays)))
+    write_whole(paths["arrays"], bytes_of(lambda out: np.savez_compressed(out, **arrays)))
     record = to_json(prediction) | {"files": {what: path.name for what, path in paths.items()}}
     paths["json"] = root / f"{stem}.json"
-    _write(paths["json"], (dump_json(record, indent=2) + "\n").encode())
+    write_whole(paths["json"], dump_json(record, indent=2) + "\n")
     return paths
 
 
@@ -259,22 +258,4 @@ def _union(prediction: Prediction) -> np.ndarray:
 def _png_bytes(pixels: np.ndarray) -> bytes:
     """A colour picture as it is, a mask as 0 and 255."""
     image = Image.fromarray(pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint8) * 255)
-    return _bytes_of(lambda out: image.save(out, format="PNG", optimize=True))
-
-
-def _bytes_of(write: Callable[[io.BytesIO], object]) -> bytes:
-    out = io.BytesIO()
-    write(out)
-    return out.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` in one step; a link lying there is replaced, not followed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.unlink(missing_ok=True)  # left by a killed run of the same process id
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return bytes_of(lambda out: image.save(out, format="PNG", optimize=True))

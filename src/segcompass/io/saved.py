@@ -16,6 +16,8 @@ from segcompass.io.errors import DataError
 from segcompass.io.outputs import SCHEMA
 from segcompass.types import BoxPrompts, Candidates, Prediction, Status
 
+DAMAGED = (ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile)
+
 
 def load_prediction(path: str | Path) -> Prediction:
     """Read a saved prediction; it can be analysed and replayed as a live one can.
@@ -42,7 +44,7 @@ def load_prediction(path: str | Path) -> Prediction:
             f"{error.filename}: no such file; a saved prediction is a JSON file and an NPZ file of "
             "the same name, as predict --out writes them"
         ) from error
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise DataError(
             f"{path}: is no saved prediction, or {arrays_path.name} is not its own ({error!r}); "
             "run predict --out again"

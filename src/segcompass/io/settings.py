@@ -18,7 +18,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist; give the path of a YAML config") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}, expected a mapping of settings")

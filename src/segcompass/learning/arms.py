@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from segcompass.evaluation.benchmark import evaluate
 from segcompass.io.checkpoints import folder_hashes
 from segcompass.io.errors import ConfigError
+from segcompass.io.files import write_whole
 from segcompass.io.progress import progress
 from segcompass.io.settings import merged
 from segcompass.learning import train
@@ -158,7 +159,7 @@ def _claim(folder: Path, text: str) -> None:
             "another `out`, or delete both"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def run_arm(experiment: Experiment, name: str, folder: Path) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def model_of(experiment: Experiment, name: str, folder: Path) -> str | Path:
         for stage in stages:
             train.run(stage, config_of(folder), [], resume=True)
         count = trained_parameters([f for s in stages for f in folder.glob(f"stages/{s}*")])
-        (folder / TRAINED).write_text(json.dumps({"parameters": count}) + "\n")
+        write_whole(folder / TRAINED, json.dumps({"parameters": count}) + "\n")
     return folder / "model"
 
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from segcompass.evaluation.run_log import replace_file
 from segcompass.grounding.segmenters import encoder_of
 from segcompass.interfaces.candidate_rerank import (
     CandidateRerank,
@@ -26,6 +25,7 @@ from segcompass.interfaces.candidate_rerank import (
 from segcompass.interfaces.candidates import iou
 from segcompass.io import masks
 from segcompass.io.errors import ConfigError
+from segcompass.io.files import write_whole
 from segcompass.io.progress import progress
 from segcompass.learning.engine.distributed import World
 from segcompass.model_folder import Parts
@@ -130,7 +130,7 @@ def _join(path: Path, origin: str) -> None:
     lines = [*known, *(line for part in parts for line in _whole_lines(part))]
     rows = {json.loads(line)["index"]: line for line in lines}
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, "".join(f"{line}\n" for line in [origin, *(rows[i] for i in sorted(rows))]))
+    write_whole(path, "".join(f"{line}\n" for line in [origin, *(rows[i] for i in sorted(rows))]))
     for part in parts:
         part.unlink()
 

@@ -15,15 +15,16 @@ from typing import Any
 
 from segcompass.evaluation import comparison
 from segcompass.evaluation.footprint import Footprint, measure_footprint
-from segcompass.evaluation.run_log import replace_file
 from segcompass.evaluation.splits import Split
-from segcompass.io.errors import ConfigError
+from segcompass.io.errors import ConfigError, DataError
+from segcompass.io.files import read_object, write_whole
 from segcompass.io.outputs import save, stem_of
 from segcompass.learning.arms import TRAINED, Experiment, JudgeConfig, model_of, run_arm
 from segcompass.pipeline import SegCompass
 from segcompass.types import Sample
 
 FOOTPRINT, SHOWN = "footprint.json", "shown"
+AGAIN = "delete it: a later call writes it again"
 ANSWERED = ("fingerprint", "force_format", "paths", "threshold")  # what answers depend on
 
 
@@ -91,14 +92,27 @@ def _judged(
     experiment: Experiment, name: str, folder: Path, answered: dict[str, Any]
 ) -> comparison.Judged:
     """A run with its footprint, measured unless that is done for just such answers."""
-    path, trained = folder / FOOTPRINT, folder / TRAINED
+    path = folder / FOOTPRINT
     shown = [shown_file(folder, sample) for sample in shown_samples(experiment)]
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_object(path, AGAIN) if path.exists() else {}
     if known.pop("answered", None) != answered or not all(file.exists() for file in shown):
         known = _measure(experiment, name, folder)._asdict()
-        replace_file(path, json.dumps({**known, "answered": answered}) + "\n")
-    parameters = json.loads(trained.read_text())["parameters"] if trained.exists() else None
-    return comparison.Judged(folder / "eval", Footprint(**known), parameters)
+        write_whole(path, json.dumps({**known, "answered": answered}) + "\n")
+    try:
+        footprint = Footprint(**known)
+    except TypeError as error:
+        raise DataError(f"{path} is no footprint of this version ({error}); {AGAIN}") from error
+    return comparison.Judged(folder / "eval", footprint, _parameters(folder / TRAINED))
+
+
+def _parameters(path: Path) -> int | None:
+    """How many parameters a run has trained; None where nothing was trained."""
+    if not path.exists():
+        return None
+    found = read_object(path, AGAIN).get("parameters")
+    if not isinstance(found, int):
+        raise DataError(f"{path} says {found!r} of the trained parameters; {AGAIN}")
+    return found
 
 
 def _measure(experiment: Experiment, name: str, folder: Path) -> Footprint:

@@ -21,12 +21,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from segcompass.evaluation.run_log import replace_file
 from segcompass.grounding.marking import mark
 from segcompass.interfaces.base import Interface
 from segcompass.interfaces.candidate_rerank import CandidateRerank, CandidateRerankConfig
 from segcompass.io import masks
 from segcompass.io.errors import ConfigError
+from segcompass.io.files import write_whole
 from segcompass.io.images import load_image
 from segcompass.learning.candidate_questions import CANDIDATES, Question, collect, set_apart
 from segcompass.learning.checks import training_samples
@@ -101,7 +101,7 @@ def train_scorer(config: RunConfig, stage: ScorerStage, start: Path) -> Path:
     head = head.model_copy(update={"margin": margin, "scorer": judge.config})
     if world.is_main:
         told = figures(verdicts, margin) | {"given": config.head.margin is not None}
-        replace_file(folder / MARGIN, json.dumps(told, indent=2) + "\n")
+        write_whole(folder / MARGIN, json.dumps(told, indent=2) + "\n")
         interface: Interface = CandidateRerank(head, parts.interface, scorer, judge)
         own = {"name": config.run.name, "interface": config.interface, "head": head}
         model = parts.config.model_copy(update=own)

@@ -9,9 +9,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Self
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import (
@@ -21,8 +22,10 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from segcompass.io.errors import ConfigError
 from segcompass.reasoning.prompts import THINK_CLOSE, THINK_OPEN, concentration_tokens
 
+MERGE = 2  # patches along a side of an image token
 CONTROL = ("<|pad|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>")
 _SPACE = "▁"  # how SentencePiece-style tokenizers write a leading blank
 _PIECES = r"[A-Za-z]+|[0-9]|[^A-Za-z0-9\s]"
@@ -31,17 +34,38 @@ _PIECES = r"[A-Za-z]+|[0-9]|[^A-Za-z0-9\s]"
 class ScratchConfig(BaseModel, frozen=True, extra="forbid"):
     """Sizes of a policy that is trained from nothing."""
 
-    width: int = Field(192, description="D")
-    layers: int = 4
-    heads: int = 4
-    ffn: int = 512
-    vision_width: int = 128
-    vision_layers: int = 4
-    vision_heads: int = 2
-    vision_ffn: int = 256
-    image_side: int = Field(128, description="px; pictures are scaled to about this side")
-    patch: int = 8
-    vocabulary: int = Field(1024, description="most entries of the tokenizer, control included")
+    width: int = Field(192, ge=1, description="D; a multiple of 2·heads")
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    ffn: int = Field(512, ge=1)
+    vision_width: int = Field(128, ge=1, description="a multiple of 4·vision_heads")
+    vision_layers: int = Field(4, ge=1)
+    vision_heads: int = Field(2, ge=1)
+    vision_ffn: int = Field(256, ge=1)
+    image_side: int = Field(
+        128, ge=1, description="px; pictures are scaled to about this side; at least 2·patch"
+    )
+    patch: int = Field(8, ge=1, description="px")
+    vocabulary: int = Field(
+        1024, ge=1, description="most entries of the tokenizer, control included"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> Self:
+        # Rotary embeddings turn pairs of channels; the vision tower's, for rows and for columns.
+        for name, heads, each in (("width", "heads", 2), ("vision_width", "vision_heads", 4)):
+            multiple = each * getattr(self, heads)
+            if getattr(self, name) % multiple:
+                raise ValueError(
+                    f"{name} must be a multiple of {each}·{heads} = {multiple}, "
+                    f"got {getattr(self, name)}"
+                )
+        if self.image_side < MERGE * self.patch:
+            raise ValueError(
+                f"image_side must be at least {MERGE}·patch = {MERGE * self.patch}, "
+                f"got {self.image_side}"
+            )
+        return self
 
 
 def build_tokenizer(texts: Iterable[str], vocabulary: int, slots: int) -> PreTrainedTokenizerFast:
@@ -49,17 +73,25 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int, slots: int) -> PreTra
 
     Digits and JSON marks are entries of their own. Anything else (other scripts, emoji) falls
     back to single bytes, so no text is unknown.
+
+    Raises:
+        ConfigError: if the vocabulary has no room for bytes, letters and control tokens.
     """
     bytes_ = [f"<0x{b:02X}>" for b in range(256)]
     special = [*CONTROL, THINK_OPEN, THINK_CLOSE, *concentration_tokens(slots)]
     letters = [chr(c) for c in range(33, 127)]
+    least = len(bytes_) + len(special) + len(letters) + 1
+    if vocabulary < least:
+        raise ConfigError(
+            f"a tokenizer of {vocabulary} entries has no room for bytes, letters and "
+            f"{len(special)} control tokens; set policy.scratch.vocabulary to {least} or more"
+        )
     words: Counter[str] = Counter()
     for text in texts:
         for match in re.finditer(_PIECES, text):
             spaced = match.start() == 0 or text[match.start() - 1] == " "
             words[(_SPACE if spaced else "") + match.group()] += 1
-    room = vocabulary - len(bytes_) - len(special) - len(letters) - 1
-    kept = [w for w, _ in words.most_common() if w not in letters][:room]
+    kept = [w for w, _ in words.most_common() if w not in letters][: vocabulary - least]
     total = sum(words.values())
     pieces = [(w, math.log(words[w] / total)) for w in kept]
     pieces += [(c, math.log(max(words[c], 0.01) / total)) for c in letters]
@@ -100,7 +132,7 @@ def build_image_processor(config: ScratchConfig) -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(
         patch_size=config.patch,
         temporal_patch_size=1,
-        merge_size=2,
+        merge_size=MERGE,
         size={"shortest_edge": pixels, "longest_edge": pixels},
     )
 
@@ -137,7 +169,7 @@ def build_model(
         "num_heads": config.vision_heads,
         "patch_size": config.patch,
         "temporal_patch_size": 1,
-        "spatial_merge_size": 2,
+        "spatial_merge_size": MERGE,
         "window_size": config.image_side,
         "out_hidden_size": config.width,
         "fullatt_block_indexes": list(range(config.vision_layers)),

@@ -19,8 +19,8 @@ from segcompass.data.scenes.catalog import SIZES, Thing
 
 Points = Float[np.ndarray, "P 2"]
 
-# Roles that follow the colour of the thing, roles of a fixed material, and roles that only tint.
-TONES = ("body", "plain", "dark", "light")  # only the body carries the texture
+# A shape's role is one of these, or follows the colour of the thing ("body", which alone carries
+# the texture, "plain", "dark", "light"), or only tints.
 MATERIALS: dict[str, tuple[int, int, int]] = {
     "wood": (150, 104, 66),
     "metal": (176, 182, 190),
