@@ -84,6 +84,7 @@ def test_the_configs_have_the_settings_of_the_paper(name: str) -> None:
     assert (stage.weight_decay, stage.betas, stage.clip) == (0.01, (0.9, 0.999), 1.0)
     factors = stage.multipliers
     assert (factors.policy, factors.codebook, factors.head, factors.decoder) == (1, 25, 80, 10)
+    assert factors.tokens == 25  # new parameters, like the codebook's
     assert (stage.grpo.clip, stage.grpo.kl) == (0.2, 0.2)
     assert (stage.rewards.format, stage.rewards.mask) == (0.3, 0.7)
     assert (stage.seg_weight, stage.conf_weight, stage.dice_weight) == (1.0, 0.2, 0.6)

@@ -69,6 +69,35 @@ def test_options_change_the_file_and_its_folder(tmp_path: Path) -> None:
     assert ablate.shortened(options) == ["eval.limit=7", "from=best", "out=o-limit7-best"]
 
 
+def write_log(path: Path, rewards: list[float | None], answers: int = 48) -> Path:
+    rows = [{"step": i, "answers": answers, "reward": r} for i, r in enumerate(rewards)]
+    told = [{k: v for k, v in row.items() if v is not None} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in told))
+    return path
+
+
+def test_answers_are_counted_until_rewards_have_converged(tmp_path: Path) -> None:
+    """A ramp from 0 to 1 over 100 steps behind 20 flat ones: its mean of 20 follows it."""
+    ramp = [0.0] * 20 + [(i + 1) / 100 for i in range(100)] + [1.0] * 60
+    log = write_log(tmp_path / "log.jsonl", ramp)
+    # Where the ramp has just ended, the mean of the last 20 is 0.905. After five more steps it is
+    # higher by (19 + 18 + 17 + 16 + 15) / 2000 = 0.0425, after the sixth by 0.0495: past 0.95.
+    assert ablate.answers_to_converge(log) == 48 * (20 + 100 + 6)
+    told = write_log(tmp_path / "oracle.jsonl", [None] * 30 + ramp)  # steps without rollouts
+    assert ablate.answers_to_converge(told) == 48 * (20 + 100 + 6)
+
+
+def test_rewards_that_never_rose_have_not_converged(tmp_path: Path) -> None:
+    falling = write_log(tmp_path / "falling.jsonl", [1 - i / 100 for i in range(90)])
+    short = write_log(tmp_path / "short.jsonl", [i / 10 for i in range(10)])
+    for log in (falling, short, tmp_path / "missing.jsonl"):
+        assert ablate.answers_to_converge(log) is None
+    figures = dict.fromkeys(ablate.FIGURES, 0.5)
+    runs = [{**figures, ablate.CONVERGED: count} for count in (4000, 6000, None)]
+    assert ablate.row("G=4", runs).endswith("| 5,000 ± 1,414 |")
+    assert ablate.row("G=4", runs[2:]).endswith("| 0.500 | – |")
+
+
 def test_arms_share_what_they_do_not_make_and_are_run_once(
     scenes_root: Path,
     tmp_path: Path,

@@ -114,15 +114,17 @@ def test_the_table_is_that_of_the_rows(done: Path) -> None:
     concepts, token = rows
     assert concepts["explanations"] == ["heatmaps", "concepts", "tokens read"]
     assert token["explanations"] == ["heatmaps"]
-    policy = concepts["parameters"] - _head(done / "concept_slots-0/model")
-    assert policy == token["parameters"] - _head(done / "concentration_token-0/model")
+    policy = concepts["parameters"] - _own(done / "concept_slots-0/model")
+    assert policy == token["parameters"] - _own(done / "concentration_token-0/model")
     assert (done / "comparison.csv").read_text().count("\n") == 3
     assert (done / "comparison.md").read_text().startswith("|  | concept_slots | concentration_")
 
 
-def _head(folder: Path) -> int:
-    """Parameters of the head: what differs between interfaces on the same policy."""
-    return sum(p.numel() for p in load_parts(folder).interface.head.parameters())
+def _own(folder: Path) -> int:
+    """What differs between interfaces on the same policy: the head, a row for each new token."""
+    parts = load_parts(folder)
+    rows = parts.policy.slots * parts.policy.width
+    return rows + sum(p.numel() for p in parts.interface.head.parameters())
 
 
 def test_the_page_shows_every_answer(done: Path) -> None:
@@ -137,6 +139,30 @@ def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(train, "run", _interrupted)
     rows = compare(load_experiment(done.parent / "compare.yaml"))
     assert rows == json.loads((done / "comparison.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("footprint.json", "{"),
+        ("footprint.json", '{"answered": ANSWERED, "speed": 1}'),
+        ("trained.json", "{"),
+        ("trained.json", "{}"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    name: str, text: str, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = done / "concept_slots-0" / name
+    kept = path.read_text()
+    same = json.dumps(json.loads(kept).get("answered"))
+    monkeypatch.setattr(SegCompass, "predict_batch", _interrupted)
+    path.write_text(text.replace("ANSWERED", same))
+    try:
+        with pytest.raises(DataError, match=rf"{path} .*delete it"):
+            compare(load_experiment(done.parent / "compare.yaml"))
+    finally:
+        path.write_text(kept)
 
 
 @pytest.mark.parametrize("change", ["common.train_joint.steps=9", "from=elsewhere", "stages=[sae]"])

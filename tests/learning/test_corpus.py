@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -33,10 +35,12 @@ from segcompass.learning.corpus import (
     target_grid,
     visual_memo,
 )
-from segcompass.learning.engine.distributed import start
+from segcompass.learning.engine.distributed import World, start
 from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.loading import load_policy
 from segcompass.types import NamedObject
+
+T = TypeVar("T")
 
 NOTHING = len(CATEGORIES)
 CATEGORY, COLOUR = list(CATEGORIES).index, list(COLOURS).index
@@ -177,6 +181,31 @@ def test_ranks_share_the_making() -> None:
     assert sorted(ranks[0][0] + ranks[1][0]) == [0, 0, *range(7)]
     assert all(sorted(held) == list(range(7)) for _, held in ranks)
     assert all(len(own) > 1 for own, _ in ranks)
+
+
+class OtherDevice(World):
+    """Two ranks whose device is not the host; the other one has nothing to send."""
+
+    def slice(self, items: Sequence[T]) -> list[T]:
+        return list(items)
+
+    def gather_objects(self, value: T) -> list[T]:
+        return [value]
+
+
+def test_what_is_handed_round_arrives_on_the_ranks_own_device() -> None:
+    """As it was sent, it would be on the GPU of the rank that sent it."""
+
+    def make(members: list[Path]) -> list[tuple[VisualInput, Tensor]]:
+        bare = VisualInput(torch.zeros(0), (2, 2), np.zeros((4, 4)))
+        return [(bare, torch.zeros(3)) for _ in members]
+
+    memo = BlockMemo(make, [Path("a"), Path("b")])
+    assert memo.share(OtherDevice(0, 2, torch.device("meta")))
+    for visual, features in memo.kept.values():
+        assert visual.grid == (2, 2) and isinstance(visual, VisualInput)
+        assert visual.pixels.device.type == features.device.type == "meta"
+    assert len(memo.kept) == 2
 
 
 def test_what_does_not_fit_is_not_shared() -> None:

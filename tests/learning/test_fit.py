@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import LAYERS, WIDTH, tiny_llava_policy, tiny_qwen_policy, tiny_sae
 
+from segcompass.io.assets import MissingAssetError
+from segcompass.io.checkpoints import BINDING
 from segcompass.io.errors import CheckpointError, ConfigError
-from segcompass.learning.config import PolicySource
-from segcompass.learning.fit import check_policy, check_sae
+from segcompass.learning.arms import Experiment
+from segcompass.learning.config import PolicySource, RunConfig, load_config, read_settings
+from segcompass.learning.fit import check_policy, check_sae, check_start, picture_limits
+from segcompass.model_folder import ModelConfig
 from segcompass.reasoning.from_scratch import ScratchConfig
 from segcompass.reasoning.policy import PolicyConfig
 
@@ -76,3 +81,117 @@ def test_an_sae_that_does_not_say_its_layer_is_taken(tmp_path: Path) -> None:
     tiny_sae().save(tmp_path)
     assert "hook_layer" not in json.loads((tmp_path / "cfg.json").read_text())["metadata"]
     check_sae(tmp_path, WIDTH, 7)
+
+
+# A model to start from -------------------------------------------------------------------------
+
+
+def starting(start: Path | str, **settings: Any) -> RunConfig:
+    """A config of the joint stage alone, with these settings beside what it has to have."""
+    data = settings.pop("data", {})
+    joint = {"steps": 1, "learning_rate": 1e-3, "start": str(start)}
+    return RunConfig.model_validate(
+        {"run": "run", "data": {"root": "d", **data}, "train_joint": joint, **settings}
+    )
+
+
+def test_a_start_without_any_word_on_its_parts_is_taken(
+    tiny_model: Path, tiny_llava_model: Path
+) -> None:
+    for folder in (tiny_model, tiny_llava_model):
+        check_start(starting(folder))
+        check_start(starting(folder, policy={"source": "scratch", "scratch": {"width": 8}}))
+
+
+def test_equal_settings_beside_a_start_are_taken(tiny_model: Path) -> None:
+    model = ModelConfig.model_validate(json.loads((tiny_model / BINDING).read_text())["config"])
+    size = json.loads((tiny_model / "policy/preprocessor_config.json").read_text())["size"]
+    check_start(
+        starting(
+            tiny_model,
+            policy={"source": str(tiny_model / "policy"), "use": model.policy.model_dump()},
+            head=model.head.model_dump(),
+            data={"image_pixels": [size["shortest_edge"], size["longest_edge"]]},
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"head": {"codebook_width": 99}}, r"head\.codebook_width is \d+ there, 99 in the config"),
+        (
+            {"head": {"mapper": {"confidence": "query"}}},
+            r"head\.mapper\.confidence is 'scores' there, 'query' in the config",
+        ),
+        ({"policy": {"use": {"sae_layer": 0}}}, r"policy\.use\.sae_layer is 1 there, 0 in"),
+        (
+            {"policy": {"use": {"prompt": {"slots": 3}}}},
+            r"policy\.use\.prompt\.slots is 6 there, 3 in",
+        ),
+        (
+            {"data": {"image_pixels": [16, 99]}},
+            r"data\.image_pixels is \[.*\] there, \[16, 99\] in",
+        ),
+    ],
+)
+def test_a_setting_that_a_start_would_ignore_is_named(
+    settings: dict[str, Any], told: str, tiny_model: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"{tiny_model} keeps its own parts, but {told}"):
+        check_start(starting(tiny_model, **settings))
+
+
+def test_a_start_with_another_policy_is_named(
+    tiny_model: Path, tiny_llava_model: Path, llava: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"is a qwen2_5_vl of .* there, {llava} \(llava of"):
+        check_start(starting(tiny_model, policy={"source": str(llava)}))
+    check_start(starting(tiny_llava_model, policy={"source": str(llava)}))
+    check_start(starting(tiny_model, policy={"source": "someone/not-here"}))
+    with pytest.raises(ConfigError, match=r"is one size for all there, \[1, 2\]"):
+        check_start(starting(tiny_llava_model, data={"image_pixels": [1, 2]}))
+
+
+def test_a_start_that_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingAssetError, match="nothing is not a folder"):
+        check_start(starting(tmp_path / "nothing"))
+    for content in ("", "{}", '{"config": {"wrong": 1}}'):
+        (tmp_path / BINDING).write_text(content)
+        with pytest.raises(CheckpointError, match=BINDING):
+            check_start(starting(tmp_path))
+
+
+def test_a_damaged_image_processor_is_named(tmp_path: Path) -> None:
+    assert picture_limits(tmp_path) is None
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text('{"min_pixels": 3, "max_pixels": 9}')  # as Qwen's own checkpoints have them
+    assert picture_limits(tmp_path) == (3, 9)
+    path.write_text('{"size": {"shortest_edge": 336}}')  # CLIP's: no limit
+    assert picture_limits(tmp_path) is None
+    path.write_text('{"size": {')
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json cannot be read"):
+        picture_limits(tmp_path)
+
+
+def test_shipped_configs_that_go_on_from_nano_keep_its_parts(tmp_path: Path) -> None:
+    """Ablations name nano's own config beside their start: `scratch`, and how it is used."""
+    configs = Path(__file__).parents[2] / "configs"
+    seen = 0
+    for path in sorted(configs.glob("ablations/*.yaml")):
+        raw = read_settings(path)
+        experiment = Experiment.model_validate({**raw, "config": configs / "nano.yaml"})
+        for name in experiment.arms:
+            config = RunConfig.model_validate(experiment.settings(name, 0))
+            if config.train_joint.start is not None:
+                joint = config.train_joint.model_copy(update={"start": Path("nano")})
+                check_start(config.model_copy(update={"train_joint": joint}))
+                seen += 1
+    assert seen > 5
+    config = load_config(configs / "nano-rl.yaml")
+    start = configs.parent / config.train_joint.start if config.train_joint.start else None
+    check_start(
+        config.model_copy(
+            update={"train_joint": config.train_joint.model_copy(update={"start": start})}
+        )
+    )

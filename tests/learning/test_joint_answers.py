@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from joint import (
     MASKS,
     Parts,
     answered,
+    micro_batches,
     reached,
     sharpen,
     stage,
@@ -29,9 +31,11 @@ from tiny import WIDTH
 from torch import Tensor, nn
 
 from segcompass.geometry import Frame
+from segcompass.io.errors import CheckpointError
 from segcompass.learning import teachers
 from segcompass.learning import train_joint as module
 from segcompass.learning.corpus import target_grid
+from segcompass.learning.engine import reference
 from segcompass.learning.rewards import RewardConfig, mask_score
 from segcompass.learning.rollouts import Rollouts
 from segcompass.learning.train_joint import JointStep, Questions, frozen_copy, train_joint
@@ -93,6 +97,7 @@ def test_one_rollout_one_pass_with_gradient_one_of_the_reference(
         ({"oracle_steps": 1}, (1, 0)),
         ({"grpo": {"kl": 0}}, (1, 0)),
         ({"rl_weight": 0}, (1, 0)),
+        ({"rehearse": True}, (2, 1)),
         ({}, (1, 1)),
     ],
 )
@@ -101,7 +106,7 @@ def test_no_pass_is_made_for_nothing(
 ) -> None:
     step = joint(**changes)
     with passes(step) as seen:
-        take(step)
+        list(micro_batches(step))
     graded = [entry for entry in seen["policy"] if entry[1]]
     assert (len(graded), len(seen["reference"])) == wanted
     if "oracle_steps" in changes:
@@ -218,6 +223,22 @@ def test_rewards_are_those_of_each_answer_alone(
     torch.testing.assert_close(found["reward"], total)
 
 
+@pytest.mark.parametrize("cut", ["tokens", "concepts"])
+def test_a_path_that_never_trains_earns_nothing(cut: str, joint: Callable[..., JointStep]) -> None:
+    step = joint(rewards={"threshold": 0.0}, **{f"drop_{cut}": 1.0})
+    sharpen(step)
+    rollouts, questions, _, _ = answered(step)
+    states = rollouts.states
+    states = states._replace(
+        concentration_states=states.concentration_states + 5 * (cut == "tokens"),
+        sae_states=states.sae_states + 5 * (cut == "concepts"),
+    )
+    found = step.teacher.rewards(rollouts._replace(states=states), questions)
+    right = step.teacher.rewards(rollouts, questions)
+    assert torch.equal(found["reward_mask"], right["reward_mask"])
+    assert right["reward_mask"].max() > 0
+
+
 def test_rewards_are_judged_with_both_paths(joint: Callable[..., JointStep]) -> None:
     """What is dropped is for learning; an answer is judged as it will be used."""
     found = []
@@ -279,6 +300,42 @@ def test_the_reference_is_where_the_stage_began(joint: Callable[..., JointStep])
     assert torch.equal(after, before)
     second = take(step, 1)
     assert second["kl"].item() > 1e-3
+
+
+def test_after_supervised_steps_the_reference_is_what_they_made(
+    assemble: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(folder: str, **changes: Any) -> list[dict[str, float]]:
+        chosen = stage(oracle_steps=2, steps=4, language_weight=1.0, save_every=1, **changes)
+        parts = assemble()
+        with answers_of(*LENGTHS):
+            train_joint(*parts, chosen, tmp_path / folder)
+        log = (tmp_path / folder / "log.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in log]
+
+    whole = rows("whole")
+    assert whole[2]["kl"] == pytest.approx(0, abs=1e-6) and whole[3]["kl"] > 1e-6
+    monkeypatch.setattr(reference, "renew", lambda *_: None)
+    assert rows("held to the start")[2]["kl"] > 1e-3
+    monkeypatch.undo()
+    plain = JointStep.written
+
+    def killed(self: JointStep, questions: Questions, forced: bool) -> Any:
+        if (tmp_path / "killed/state.safetensors").exists() and len(log()) == 3:
+            raise RuntimeError("killed")
+        return plain(self, questions, forced)
+
+    def log() -> list[str]:
+        return (tmp_path / "killed/log.jsonl").read_text().splitlines()
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(JointStep, "written", killed)
+        rows("killed")
+    assert [r | {"s": 0} for r in rows("killed")] == [r | {"s": 0} for r in whole]
+    shutil.rmtree(tmp_path / "killed/reference")
+    (tmp_path / "killed/log.jsonl").unlink()
+    with pytest.raises(CheckpointError, match="which policy reinforcement began with"):
+        rows("killed")
 
 
 def test_the_copy_of_a_policy_shares_what_is_frozen(assemble: Callable[..., Parts]) -> None:

@@ -191,10 +191,17 @@ def test_a_llava_goes_the_same_way(scenes_root: Path, tmp_path: Path) -> None:
     }
     assert before["policy/model.safetensors"].keys() == after["policy/model.safetensors"].keys()
     trained = ("model.layers.2.", "model.norm.", "prompt_encoder.mask_embed.")
-    assert {n for n in moved if not n.startswith("mask_decoder.")} == {
+    tables = {n for n in moved if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    assert {n for n in moved - tables if not n.startswith("mask_decoder.")} == {
         name for part in before for name in before[part] if any(t in name for t in trained)
     }
     assert any(n.startswith("mask_decoder.transformer") for n in moved)
+    policy = "policy/model.safetensors"
+    slots = 6
+    for name in tables:  # the concentration tokens' rows alone
+        rows = (before[policy][name] != after[policy][name]).any(1)
+        assert rows.sum() == slots and rows[-slots:].all()
+    assert tables
 
 
 def test_a_llava_learns_to_answer(scenes_root: Path, tmp_path: Path) -> None:

@@ -11,19 +11,30 @@ import numpy as np
 import pytest
 import torch
 from forced import answers_of
-from joint import LENGTHS, MASKS, Parts, answered, reached, stage, step_and_backward, take
+from joint import (
+    LENGTHS,
+    MASKS,
+    Parts,
+    answered,
+    micro_batches,
+    reached,
+    stage,
+    step_and_backward,
+    take,
+)
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
 from segcompass.learning import teachers
 from segcompass.learning.answers import Answers
-from segcompass.learning.engine.loop import Losses
+from segcompass.learning.engine.loop import Losses, grouped_indices
+from segcompass.learning.engine.lora import adapted
 from segcompass.learning.grpo import advantages
 from segcompass.learning.questions import Questions, key_memo
-from segcompass.learning.rollouts import Rollouts
-from segcompass.learning.stages import JointStage
+from segcompass.learning.rollouts import Rollouts, evaluating
 from segcompass.learning.train_joint import JointStep, freeze, train_joint
+from segcompass.learning.train_warmup import answer_losses
 from segcompass.types import ReasoningBatch
 
 
@@ -38,7 +49,10 @@ def assert_gradients(step: JointStep, *, upper: bool = True) -> None:
     codebook = reached(interface.codebook)
     assert all(codebook.values()), [name for name, found in codebook.items() if not found]
     assert sum(reached(interface.decoder.mask_decoder.transformer).values()) > 10
-    trained = {*map(id, layers[2].parameters()), *map(id, norm.parameters())} if upper else set()
+    trained: set[int] = set()
+    if upper:
+        parts = (layers[2], norm, policy.token_rows)
+        trained = {id(p) for part in parts for p in part.parameters()}
     frozen = [p for p in policy.parameters() if id(p) not in trained]
     frozen += [*step.encoder.parameters(), *interface.sae.parameters()]
     frozen += interface.decoder.shared_image_embedding.parameters()
@@ -149,6 +163,22 @@ def test_language_is_learnt_only_where_asked(joint: Callable[..., JointStep]) ->
     assert "language" not in take(joint(language_weight=0.5))
 
 
+def test_rehearsal_teaches_the_given_answers_beside_the_written(
+    joint: Callable[..., JointStep],
+) -> None:
+    step = joint(rehearse=True, language_weight=0.5)
+    written, given = micro_batches(step)
+    assert (written["answers"], given["answers"]) == (4, 2)
+    assert written["language"] == 0 and given["policy"] == 0 and given["kl"] == 0
+    chosen = grouped_indices(0, 2, step.lengths, 1, step.seed)
+    questions = step.questions([step.samples[i] for i in chosen])
+    (told,) = step.given(questions)
+    _, hidden = step.policy(told.sequences, questions.visuals, questions.features)
+    losses, _ = answer_losses(step.policy, told.sequences, hidden)
+    torch.testing.assert_close(given["language"], losses.mean().detach())
+    assert written["dice"] > 0 and given["dice"] > 0  # shares of one mean over all six
+
+
 def test_oracle_steps_come_first(joint: Callable[..., JointStep]) -> None:
     step = joint(oracle_steps=2)
     asked: list[int] = []
@@ -238,6 +268,21 @@ def test_freezing_names_its_parts(assemble: Callable[..., Parts]) -> None:
     assert len(owned) == len(set(owned))  # no weight is moved twice in a step
 
 
+def test_lower_layers_may_train_as_well(joint: Callable[..., JointStep]) -> None:
+    """The autoencoder stays as it is, and passes gradients on to the layers before it."""
+    step = joint(train_lower_layers=True, rl_weight=0.0, drop_tokens=1.0, place_weight=0.0)
+    step_and_backward(step)
+    below = [reached(layer) for layer in step.policy.backbone.layers[:2]]
+    assert all(any(found.values()) for found in below)
+    assert not any(p.requires_grad for p in step.interface.sae.parameters())
+    above = reached(step.policy.backbone.layers[2])
+    assert not any(above.values())  # concepts alone, read below it
+    with pytest.raises(ValidationError, match="train_upper_layers"):
+        stage(train_lower_layers=True, train_upper_layers=False)
+    with pytest.raises(ValidationError, match="adapters"):
+        stage(train_lower_layers=True, lora={"rank": 2})
+
+
 def test_keys_are_those_of_predict(assemble: Callable[..., Parts], tmp_path: Path) -> None:
     """The padding of a picture that is not square is blank for both."""
     encoder = assemble().encoder
@@ -249,24 +294,6 @@ def test_keys_are_those_of_predict(assemble: Callable[..., Parts], tmp_path: Pat
     found = key_memo(encoder, [path])(path)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted.bfloat16(), atol=0, rtol=0)
-
-
-def test_the_releases_recipe_goes_before_defaults_and_behind_the_file() -> None:
-    base = {"steps": 1, "learning_rate": 0.1}
-    paper = JointStage.model_validate(base)
-    assert (paper.seg_weight, paper.dice_weight, paper.rewards.single) == (1.0, 0.6, "soft_iou")
-    release = JointStage.model_validate({"recipe": "release", "steps": 1})
-    assert release.learning_rate == 1.6e-6
-    assert (release.seg_weight, release.dice_weight) == (0.3, 0.8)
-    assert (release.rewards.single, release.rewards.several) == ("blend", "size")
-    assert release.rewards.mask == 0.7
-    mixed = JointStage.model_validate(
-        {**base, "recipe": "release", "seg_weight": 0.5, "rewards": {"several": "matched"}}
-    )
-    assert (mixed.learning_rate, mixed.seg_weight, mixed.dice_weight) == (0.1, 0.5, 0.8)
-    assert (mixed.rewards.single, mixed.rewards.several) == ("blend", "matched")
-    for found in (paper, release, mixed):
-        assert JointStage.model_validate(found.model_dump(mode="json")) == found
 
 
 def forced_answers(rollouts: Rollouts, questions: Questions, rewards: Tensor) -> Answers:
@@ -304,3 +331,21 @@ def test_a_forced_ending_is_no_merit(joint: Callable[..., JointStep]) -> None:
     ending = len(step.policy.prompt.ending)
     written = hidden.grad.abs().sum(-1) > 0
     assert written[1].sum() > 0 and not written[1, -ending - 1 :].any()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_drop_out_in_the_pass_with_gradient_only(
+    dropout: float, joint: Callable[..., JointStep]
+) -> None:
+    step = joint(lora={"rank": 2, "dropout": dropout})
+    with torch.no_grad():
+        for layer in adapted(step.policy):  # they start at zero, where nothing shows
+            for matrix in layer.lora_B.values():
+                matrix.weight.normal_()
+    rollouts, questions, states, _ = answered(step)
+    written = rollouts.states.concentration_states
+    told = states.concentration_states
+    assert torch.allclose(told, written, rtol=1e-4, atol=1e-4) == (dropout == 0)
+    with evaluating(step.policy):
+        plain, _ = step.policy(rollouts.sequences, questions.visuals, questions.features)
+    torch.testing.assert_close(plain.concentration_states, written, rtol=1e-4, atol=1e-4)

@@ -297,6 +297,17 @@ def test_the_report_is_written_and_told(
     assert (tmp_path / REPORT).stat().st_mtime_ns == before
 
 
+def test_control_tokens_are_read_where_that_is_wanted(
+    policy: Policy, scenes_root: Path, tmp_path: Path
+) -> None:
+    counts = []
+    for masked in (True, False):
+        settings = plan(samples=4, held_out=2, sequences=2, mask_control=masked)
+        reader, groups = open_states(policy, config_of(tmp_path, scenes_root, settings), settings)
+        counts.append(len(reader.read(groups.at(0)).kinds))
+    assert plan().mask_control and counts[0] < counts[1]
+
+
 def test_samples_to_train_on_are_not_held_out(
     policy: Policy, scenes_root: Path, tmp_path: Path
 ) -> None:

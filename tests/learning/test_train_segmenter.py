@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from recipes import write_config
 from tiny import tiny_sam
 
 from segcompass.data.samples import ImageRecord, read_images
 from segcompass.geometry import Frame, boxes_to_image, points_to_image
 from segcompass.grounding.mask_decoder import MaskDecoder
 from segcompass.io.masks import box, decode
-from segcompass.learning.train_segmenter import _prompts
+from segcompass.learning import train_segmenter as train_segmenter_module
+from segcompass.learning.config import load_config
+from segcompass.learning.engine.distributed import World
+from segcompass.learning.train_segmenter import _prompts, train_segmenter
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +66,25 @@ def test_pictures_with_few_things_give_what_they_have(records: list[ImageRecord]
     rows, _, targets = _prompts(records, decoder, 99, rngs(), side=64)
     wanted = [row for row, record in enumerate(records) for _ in record.masks]
     assert rows.tolist() == wanted and len(targets) == len(wanted)
+
+
+class MetaLoop:
+    """Takes a step of each kind on the meta device, where tensors of the CPU are an error."""
+
+    def __init__(self, *_: Any) -> None:
+        self.world = World(0, 1, torch.device("meta"))
+
+    def resume(self) -> None: ...
+
+    def run(self, losses: Callable[[int], dict[str, torch.Tensor]]) -> None:
+        for step in range(3):  # points, boxes, masks
+            assert {value.device.type for value in losses(step).values()} == {"meta"}
+
+
+def test_pictures_prompts_and_targets_go_where_the_segmenter_is(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_segmenter_module, "Loop", MetaLoop)
+    config = load_config(write_config(tmp_path, scenes_root))
+    assert config.train_segmenter is not None
+    train_segmenter(tiny_sam().to("meta"), config, config.train_segmenter, tmp_path)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from recipes import write_config
 from tiny import policy_config, tiny_qwen_policy
+from torch import Tensor
 
 from segcompass.data.samples import read_dataset
 from segcompass.io.images import load_image
+from segcompass.learning import train, train_warmup
+from segcompass.learning.config import load_config
 from segcompass.learning.corpus import DENSE_TARGETS, IGNORED
 from segcompass.learning.engine.distributed import World
 from segcompass.learning.stages import LanguageStage
-from segcompass.learning.train_warmup import DenseHeads, answer_losses, taught
+from segcompass.learning.train_warmup import DenseHeads, answer_losses, taught, train_vision
 from segcompass.reasoning.loading import load_policy
 from segcompass.types import TokenKind
 
@@ -92,3 +97,55 @@ def test_questions_that_nothing_matches_are_asked_as_often_as_told(scenes_root: 
     for sample in samples:
         assert asked.count(sample.sample_id) == (1 if sample.targets else 3)
     assert not taught([replace(s, thought=None) for s in samples], stage)
+
+
+class _SeenError(Exception):
+    """Ends a stage where its tensors were looked at."""
+
+
+def test_targets_and_weights_go_where_the_features_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(logits: Tensor, target: Tensor, weight: Tensor, **_: object) -> None:
+        assert {t.device.type for t in (logits, target, weight)} == {"meta"}
+        raise _SeenError
+
+    monkeypatch.setattr(train_warmup.F, "cross_entropy", seen)
+    targets = {name: torch.zeros(CELLS, dtype=torch.long) for name in DENSE_TARGETS}
+    heads = DenseHeads(3).to("meta")
+    with pytest.raises(_SeenError):
+        heads.losses(torch.zeros(CELLS, 3, device="meta"), targets, 0.15, ALONE)
+
+
+def test_what_is_trained_beside_the_policy_is_on_its_device(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loop(
+        _folder: Path, _title: str, parts: dict[str, torch.nn.Module], *_: Any, **__: Any
+    ) -> None:
+        assert {p.device.type for part in parts.values() for p in part.parameters()} == {"meta"}
+        raise _SeenError
+
+    monkeypatch.setattr(train_warmup, "Loop", loop)
+    config = load_config(write_config(tmp_path, scenes_root))
+    policy = load_policy(tiny_qwen_policy(tmp_path / "policy"), policy_config("qwen2_5_vl"))
+    assert config.train_vision is not None
+    with pytest.raises(_SeenError):
+        train_vision(policy.to("meta"), config, config.train_vision, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["segmenter", "warmup"])
+def test_the_first_stages_train_on_the_worlds_device(
+    stage: str, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is a GPU where there is one; meta stands in for it."""
+
+    def seen(model: torch.nn.Module, *_: object) -> None:
+        assert next(model.parameters()).device.type == "meta"
+        raise _SeenError
+
+    there = World(0, 1, torch.device("meta"))
+    monkeypatch.setattr(World, "current", classmethod(lambda _cls: there))
+    monkeypatch.setattr(train, "train_segmenter", seen)
+    monkeypatch.setattr(train, "train_vision", seen)
+    config = load_config(write_config(tmp_path, scenes_root))
+    with pytest.raises(_SeenError):
+        train.STAGES[stage](config)

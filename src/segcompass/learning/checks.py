@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from segcompass.io import archives
 from segcompass.io.errors import DataError, ImageError, UnsafeFileError
+from segcompass.io.files import write_whole
 from segcompass.io.images import displayed_hw
 from segcompass.io.masks import run_lengths
 from segcompass.io.progress import progress
@@ -181,9 +181,7 @@ def _remembered(
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")  # other ranks may be writing theirs
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)
 
 
 def _read(path: Path) -> dict[str, list[Problem]]:

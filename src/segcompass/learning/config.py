@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from segcompass.interfaces.registry import OfInterface, find
 from segcompass.io.errors import ConfigError
 from segcompass.io.settings import read_yaml
+from segcompass.learning.recipes import with_recipe
 from segcompass.learning.stages import (
     JointStage,
     LanguageStage,
@@ -109,6 +110,11 @@ class RunConfig(OfInterface, frozen=True):
     train_sae: SaeStage | None = None  # only interfaces with concepts read an SAE
     train_joint: JointStage
     train_scorer: ScorerStage | None = None  # only candidate_rerank has a scorer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, values: Any) -> Any:
+        return with_recipe(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _a_scorer_where_one_is_needed(self) -> RunConfig:

@@ -6,10 +6,10 @@ what training waits for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -134,8 +134,9 @@ class BlockMemo(Generic[T]):
             for first in range(0, len(starts), _ROUND * world.size):
                 blocks = world.slice(starts[first : first + _ROUND * world.size])
                 made = {path: value for start in blocks for path, value in self._made(start)}
-                for part in world.gather_objects(made):
-                    self.kept.update(part)
+                # Over the host: a tensor would come out on the GPU of the rank that sent it.
+                for part in world.gather_objects(_moved(made, torch.device("cpu"))):
+                    self.kept.update(_moved(part, world.device))
                 update(len(self.kept), len(self.order))
         return True
 
@@ -149,6 +150,20 @@ class BlockMemo(Generic[T]):
     def _made(self, start: int) -> Iterator[tuple[Path, T]]:
         members = self.order[start : start + self.block]
         return zip(members, self.make(members), strict=True)
+
+
+def _moved(made: Mapping[Path, T], device: torch.device) -> dict[Path, T]:
+    """The same values, with their tensors on another device."""
+    return {path: _on(value, device) for path, value in made.items()}
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        parts = [_on(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
 
 
 def _bytes(value: object) -> int:

@@ -1,14 +1,21 @@
-"""Do the parts in a run's folder belong to its config? Told from their configs, before loading."""
+"""Do the parts that a run begins with belong to its config? Told from configs, before loading."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
 
 from segcompass.concepts.sae_files import CONFIG_NAME
-from segcompass.io.errors import CheckpointError, ConfigError
-from segcompass.learning.config import PolicySource
+from segcompass.io.checkpoints import BINDING
+from segcompass.io.errors import CheckpointError, ConfigError, DataError
+from segcompass.io.files import read_object
+from segcompass.learning.config import PolicySource, RunConfig
+from segcompass.model_folder import ModelConfig, find_model
+from segcompass.published import find_published
 
 
 class Backbone(NamedTuple):
@@ -74,6 +81,113 @@ def check_sae(folder: Path, width: int, layer: int) -> None:
     raise CheckpointError(
         f"{path} is of another policy: it {what}; train the SAE again (segcompass train sae)"
     )
+
+
+def start_config(start: Path) -> tuple[Path, ModelConfig]:
+    """The policy folder and the config of a model to start from, without reading its weights.
+
+    Raises:
+        CheckpointError: if it is no model folder.
+        MissingAssetError: if it is not there.
+    """
+    preset, raw = find_published(start), None
+    if preset is not None:
+        policy = find_model(preset.source(preset.policy))
+        path, raw = preset.path, preset.settings(policy)
+    else:
+        folder = find_model(start)
+        policy, path = folder / "policy", folder / BINDING
+        try:
+            raw = read_object(path, "give a model folder").get("config")
+        except DataError as error:
+            raise CheckpointError(f"{folder} is no complete model folder: {error}") from error
+    try:
+        return policy, ModelConfig.model_validate(raw)
+    except ValidationError as error:
+        raise CheckpointError(f"{path} does not fit this version: {error}") from error
+
+
+def check_start(config: RunConfig) -> None:
+    """Compare the model that the joint stage starts from with what the config says of its parts.
+
+    The model keeps its own parts, so a setting that asks for others would change nothing. What
+    the config's file does not set is the model's, and so is everything with `source: scratch`.
+
+    Raises:
+        ConfigError: naming each setting that differs, and both values.
+        CheckpointError, MissingAssetError: as of :func:`start_config`.
+    """
+    start = config.train_joint.start
+    if start is None:
+        return
+    folder, model = start_config(start)
+    if model.interface != config.interface:
+        raise ConfigError(
+            f"{start} is a model of the interface {model.interface}, "
+            f"the config says {config.interface}; set `interface: {model.interface}`"
+        )
+    found = list(_differences(config, folder, model))
+    if found:
+        told = "; ".join(
+            f"{key} is {there} there, {asked} in the config" for key, asked, there in found
+        )
+        raise ConfigError(
+            f"train_joint.start: {start} keeps its own parts, but {told}. Take these settings out "
+            "of the config, or start from another model"
+        )
+
+
+_Difference = tuple[str, Any, Any]  # key, what the config asks for, what the model has
+
+
+def _differences(config: RunConfig, folder: Path, model: ModelConfig) -> Iterator[_Difference]:
+    """What the file sets and the model has otherwise."""
+    if "head" in config.model_fields_set:
+        yield from _unlike("head", config.head, model.head)
+    if "policy" in config.model_fields_set:
+        yield from _unlike_policy(config.policy, folder, model)
+    limits = config.data.image_pixels
+    if limits is not None and (there := picture_limits(folder)) != limits:
+        yield "data.image_pixels", list(limits), list(there) if there else "one size for all"
+
+
+def _unlike_policy(asked: PolicySource, folder: Path, model: ModelConfig) -> Iterator[_Difference]:
+    if "source" in asked.model_fields_set and asked.source != "scratch":
+        wanted, there = _backbone(asked.source), _backbone(folder)
+        if wanted is not None and there is not None and wanted != there:
+            yield "policy.source", f"{asked.source} ({wanted})", f"a {there}"
+    if "use" in asked.model_fields_set:
+        yield from _unlike("policy.use", asked.use, model.policy)
+
+
+def _unlike(where: str, asked: BaseModel, found: BaseModel) -> Iterator[_Difference]:
+    """Settings of a section that were made, and are otherwise in another one of its kind."""
+    for name in sorted(asked.model_fields_set):
+        wanted, there = getattr(asked, name), getattr(found, name, None)
+        if isinstance(wanted, BaseModel) and isinstance(there, BaseModel):
+            yield from _unlike(f"{where}.{name}", wanted, there)
+        elif wanted != there:
+            yield f"{where}.{name}", repr(wanted), repr(there)
+
+
+def picture_limits(folder: Path) -> tuple[int, int] | None:
+    """Least and most pixels of a picture for a policy on disk; None where it has no such limits.
+
+    Raises:
+        CheckpointError: if the settings of its image processor are damaged.
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return None
+    try:
+        found = read_object(path, "get a complete copy of the policy")
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    size = found.get("size")
+    size = size if isinstance(size, dict) else {}
+    least = size.get("shortest_edge", found.get("min_pixels"))
+    most = size.get("longest_edge", found.get("max_pixels"))
+    return (least, most) if isinstance(least, int) and isinstance(most, int) else None
 
 
 def _asked(source: PolicySource) -> Backbone | None:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from jaxtyping import Bool, Float
 from pydantic import BaseModel, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from segcompass.learning.engine.sharding import gathered
 from segcompass.learning.grpo import answer_log_probs
@@ -89,7 +89,7 @@ def sample_answers(
         features: Precomputed image features, if at hand.
         force_form: Close every thought in time and write the K tokens after it.
     """
-    with _evaluating(policy), gathered(policy):
+    with evaluating(policy), gathered(policy):
         written = policy.generate(
             visuals,
             instructions,
@@ -120,19 +120,21 @@ def score_answers(
         config: The temperature that they were sampled with.
         features: Precomputed image features, if at hand.
     """
-    with _evaluating(policy):
+    with evaluating(policy):
         read = policy.read(visuals, instructions, answers, features)
     return _rollouts(policy, read, config)
 
 
 @contextmanager
-def _evaluating(policy: Policy) -> Iterator[None]:
-    training = policy.training
-    policy.eval()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:
-        policy.train(training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _rollouts(policy: Policy, written: Generation, config: RolloutConfig) -> Rollouts:

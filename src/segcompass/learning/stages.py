@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from segcompass.data.documents import DocumentsConfig
-from segcompass.io.settings import merged
 from segcompass.learning.engine.lora import LoraSettings
 from segcompass.learning.engine.optimizer import OptimizerConfig
 from segcompass.learning.grpo import GrpoConfig
@@ -63,6 +62,9 @@ class SaeStage(OptimizerConfig, frozen=True):
     sequences: int = Field(32, ge=1, description="that go through the policy together")
     held_out: int = Field(128, ge=1, description="sequences kept for the report, never trained on")
 
+    mask_control: bool = Field(
+        True, description="leave out the states of control tokens, such as chat and think marks"
+    )
     buffer: int = Field(1 << 19, ge=2, description="tokens in memory, of which batches are drawn")
     shuffle: bool = Field(True, description="mix the tokens of different sequences")
     cache: Path | None = Field(None, description="folder of states in bf16, for later epochs, runs")
@@ -140,6 +142,7 @@ class Multipliers(BaseModel, frozen=True, extra="forbid"):
     """Factors of the learning rate, by trained part."""
 
     policy: float = Field(1.0, ge=0)
+    tokens: float = Field(1.0, ge=0, description="of the concentration tokens' own rows")
     codebook: float = Field(1.0, ge=0)
     head: float = Field(1.0, ge=0)
     decoder: float = Field(1.0, ge=0)
@@ -157,8 +160,8 @@ class LateWeights(BaseModel, frozen=True, extra="forbid"):
 class JointStage(OptimizerConfig, frozen=True):
     """Eq. 6: reinforcement and supervision together; ``batch`` counts questions.
 
-    ``recipe: release`` starts from the public release's weights and rewards instead of the
-    paper's; what the file says goes before either.
+    ``recipe: release`` stands for what the public release does otherwise, in all of a run's
+    sections (`recipes.py`); what the file says goes before either.
     """
 
     recipe: Literal["paper", "release"] = "paper"
@@ -189,7 +192,10 @@ class JointStage(OptimizerConfig, frozen=True):
         0.0, ge=0, description="row and column of its target, read off a slot's query"
     )
     language_weight: float = Field(
-        0.0, ge=0, description="cross-entropy of the oracle's answer, in oracle steps"
+        0.0, ge=0, description="cross-entropy of the data set's own answers, where they are taught"
+    )
+    rehearse: bool = Field(
+        False, description="in steps with rollouts, teach the data set's own answers as well"
     )
     form_weight: float = Field(
         1.0, ge=0, description="cross-entropy of a forced ending (rollout.forced_steps)"
@@ -202,6 +208,9 @@ class JointStage(OptimizerConfig, frozen=True):
     group: int = Field(16, ge=1, description="batches that are sorted by length together")
     samples: int | None = Field(None, ge=1, description="only the first so many samples")
     train_upper_layers: bool = Field(True, description="the policy's layers after the SAE layer")
+    train_lower_layers: bool = Field(
+        False, description="those up to it too; what the SAE reads then drifts away from it"
+    )
     lora: LoraSettings | None = Field(
         None, description="train adapters instead of the whole upper layers"
     )
@@ -212,17 +221,18 @@ class JointStage(OptimizerConfig, frozen=True):
     panel_every: int | None = Field(None, ge=1, description="steps between two sample panels")
     multipliers: Multipliers = Multipliers()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _recipe(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("recipe") == "release":
-            return merged(RELEASE, values)
-        return values
-
     @model_validator(mode="after")
     def _one_path_is_left(self) -> JointStage:
         if self.drop_tokens + self.drop_concepts > 1:
             raise ValueError("drop_tokens and drop_concepts are shares of the same answers")
+        return self
+
+    @model_validator(mode="after")
+    def _lower_layers_with_the_upper(self) -> JointStage:
+        if self.train_lower_layers and (self.lora is not None or not self.train_upper_layers):
+            raise ValueError(
+                "train_lower_layers needs train_upper_layers; adapters are for upper layers only"
+            )
         return self
 
     def weights(self, step: int) -> dict[str, float]:
@@ -240,12 +250,3 @@ class JointStage(OptimizerConfig, frozen=True):
             "language": self.language_weight,
             "form": self.form_weight,
         }
-
-
-# Where the public release departs from the paper.
-RELEASE: dict[str, Any] = {
-    "learning_rate": 1.6e-6,
-    "seg_weight": 0.3,
-    "dice_weight": 0.8,
-    "rewards": {"single": "blend", "several": "size"},
-}

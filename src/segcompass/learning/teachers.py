@@ -102,7 +102,10 @@ class MaskTeacher:
         if good:
             chosen = questions.take(good)
             states = ReasoningBatch(*(part[good] for part in rollouts.states))
-            alignment = self.align(states, chosen)
+            # What never trains is not rewarded either; else answers earn what they would be worth.
+            one_path = 1.0 in (self.stage.drop_tokens, self.stage.drop_concepts)
+            gates = self.gates(len(good), chosen.keys.device) if one_path else None
+            alignment = self.align(states, chosen, gates)
             counts = alignment.confidence_logits.sigmoid() > self.stage.rewards.threshold
             rows, columns = counts.nonzero().unbind(1)
             select = (rows, columns)

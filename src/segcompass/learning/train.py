@@ -34,7 +34,9 @@ from segcompass.learning.engine.launch import launch, wanted_ranks
 from segcompass.learning.engine.lora import merged_state
 from segcompass.learning.engine.sharding import full_state
 from segcompass.learning.engine.states import saved_states, saved_step
-from segcompass.learning.fit import check_policy, check_sae
+from segcompass.learning.engine.token_rows import with_token_rows
+from segcompass.learning.fit import check_policy, check_sae, check_start
+from segcompass.learning.opening import check_data, check_settings, texts_of
 from segcompass.learning.planning.features import limit_pixels
 from segcompass.learning.train_joint import train_joint
 from segcompass.learning.train_sae import train_sae
@@ -61,6 +63,8 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> No
         overrides: ``a.b=value`` settings that go before the file's.
         resume: Continue from saved states; stages that are finished are skipped.
 
+    What later stages could not begin with, or could not train on, ends the run before the first.
+
     Raises:
         ConfigError: if the config is wrong, or states of an earlier run would be overwritten.
         RanksError: if processes were started and did not come to their end.
@@ -79,13 +83,15 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> No
     names = stages_of(config) if stage == "all" else [stage]
     if not resume:
         _refuse_overwriting(config.run, names)
+    ahead = [name for name in names if not is_done(name, config)]
+    check_settings(config, ahead)
     with start() as world:
         if world.is_main:
             config.run.mkdir(parents=True, exist_ok=True)
             text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)
             (config.run / "config.json").write_text(text + "\n")
             write_data(config)
-            training_samples(config.data, run=config.run)  # bad data ends the run here, not later
+            check_data(config, ahead)
         world.barrier()
         for name in names:
             if not is_done(name, config):  # of all ranks alike: they see the same files
@@ -131,6 +137,7 @@ def run_segmenter(config: RunConfig) -> Path:
     """Pretrain the segmenter if the config says how; else hand on the pretrained one."""
     torch.manual_seed(config.seed)
     sam = as_sam(load_segmenter(config.segmenter), config.segmenter)
+    nn.Module.to(sam, World.current().device)
     if config.train_segmenter is not None:
         train_segmenter(sam, config, config.train_segmenter, config.run / "stages/segmenter")
     return _hand_on(config.run / "segmenter", sam.save_pretrained)
@@ -138,7 +145,7 @@ def run_segmenter(config: RunConfig) -> Path:
 
 def run_warmup(config: RunConfig) -> Path:
     """Build or load the policy, and teach it to see and to answer."""
-    policy = start_policy(config)
+    policy = start_policy(config).to(World.current().device)
     if config.train_vision is not None:
         train_vision(policy, config, config.train_vision, config.run / "stages/warmup-vision")
     if config.train_language is not None:
@@ -169,7 +176,7 @@ def run_joint(config: RunConfig) -> Path:
         state = policy.model.state_dict()
         if world.size > 1:
             state = full_state(policy, world, getattr(torch, config.policy.dtype))
-        state = merged_state(policy, state)
+        state = with_token_rows(policy, merged_state(policy, state))
         if world.is_main:
             save_model(config.run / name, model, policy, sam, interface, policy_state=state)
         world.barrier()
@@ -220,8 +227,7 @@ def start_policy(config: RunConfig) -> Policy:
         limit_pixels(policy.backbone, config.data.image_pixels)
         return policy
     samples = training_samples(config.data, run=config.run)
-    texts = [text for s in samples for text in (s.instruction, s.thought or "")]
-    policy = new_policy(source.scratch, source.use, texts, config.seed)
+    policy = new_policy(source.scratch, source.use, texts_of(samples), config.seed)
     policy.model.to(getattr(torch, source.dtype))
     return policy
 
@@ -241,12 +247,8 @@ def start_model(config: RunConfig) -> Parts:
     """What the joint stage begins with: the earlier stages' parts, or a finished model."""
     torch.manual_seed(config.seed)
     if config.train_joint.start is not None:
+        check_start(config)
         parts = load_parts(config.train_joint.start, dtype=config.policy.dtype)
-        if parts.config.interface != config.interface:
-            raise ConfigError(
-                f"{config.train_joint.start} is a model of the interface {parts.config.interface}, "
-                f"the config says {config.interface}; set `interface: {parts.config.interface}`"
-            )
         return parts._replace(config=parts.config.model_copy(update={"name": config.run.name}))
     policy = warm_policy(config)
     sam = load_segmenter(_made_by("segmenter", config.run / "segmenter"))

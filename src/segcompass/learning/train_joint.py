@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from segcompass.learning.answers import Answers
 from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig
 from segcompass.learning.corpus import encode_answers
+from segcompass.learning.engine import reference
 from segcompass.learning.engine.distributed import World, split
 from segcompass.learning.engine.freezing import freeze, frozen_copy
 from segcompass.learning.engine.loop import Loop, Losses, grouped_indices
@@ -84,9 +85,14 @@ def train_joint(
     panels = joint_panels(config, stage, folder, model, step.world)
     loop.resume()
     losses = panels.before(step) if panels else step
+    begins = stage.oracle_steps  # of reinforcement
+    if step.reference is not None and loop.step > begins > 0:
+        reference.restore(step.reference, policy, folder)
 
     def one_step(number: int) -> Losses | Iterable[Losses]:
         before(number)
+        if step.reference is not None and number == begins > 0:
+            reference.renew(step.reference, policy, folder, number, step.world)
         return losses(number)
 
     loop.run(one_step)
@@ -133,6 +139,8 @@ class JointStep:
         questions = self.questions([self.samples[i] for i in self.world.slice(chosen)])
         forced = step < self.stage.oracle_steps + self.stage.rollout.forced_steps
         answers, figures = (self.given(questions), {}) if told else self.written(questions, forced)
+        if self.stage.rehearse and not told:
+            answers = [*answers, *self.given(questions)]
         counts = self.counts(answers, figures)
         totals = self.world.totals(counts)
         for part in self.micro_batches(answers):
@@ -206,14 +214,15 @@ class JointStep:
 
     def counts(self, answers: Sequence[Answers], figures: Terms) -> dict[str, int]:
         """How many values each term of the step has on this rank: what means are taken over."""
-        rows = sum(len(a.well_formed) for a in answers)
         good = [a.questions.samples[i] for a in answers for i in rows_of(a.well_formed)]
         counts = {**self.teacher.counts(good), **{n: v.numel() for n, v in figures.items()}}
-        if answers[0].advantages is None:
-            return {**counts, "language": sum(int(a.is_answer.sum()) for a in answers)}
-        counts |= dict.fromkeys(("policy", "kl", "clipped"), rows)
-        if answers[0].forced:
-            counts["form"] = sum(int(self.ending(a).sum()) for a in answers)
+        if given := [a for a in answers if a.advantages is None]:
+            counts["language"] = sum(int(a.is_answer.sum()) for a in given)
+        if written := [a for a in answers if a.advantages is not None]:
+            rows = sum(len(a.well_formed) for a in written)
+            counts |= dict.fromkeys(("policy", "kl", "clipped"), rows)
+            if written[0].forced:
+                counts["form"] = sum(int(self.ending(a).sum()) for a in written)
         return counts
 
     def terms(self, part: Answers) -> tuple[Terms, Float[Tensor, "B L D"]]:
@@ -248,9 +257,9 @@ class JointStep:
         before = None
         if self.penalised:
             visuals, features = part.questions.visuals, part.questions.features
-            with torch.no_grad(), self.as_it_was() as reference:
-                _, states = reference(part.sequences, visuals, features)
-                before = answer_log_probs(reference, states, *tokens)
+            with torch.no_grad(), self.as_it_was() as former:
+                _, states = former(part.sequences, visuals, features)
+                before = answer_log_probs(former, states, *tokens)
         ending = self.ending(part)
         chosen = part.is_answer & ~ending if part.forced else part.is_answer
         loss, kl, clipped = grpo_loss(
@@ -266,9 +275,10 @@ class JointStep:
 
     @contextmanager
     def as_it_was(self) -> Iterator[Policy]:
-        """The policy as it was when the stage began."""
+        """The policy as it was when reinforcement began; with adapters, as it is without them."""
         if self.reference is not None:
             yield self.reference
             return
-        with without_adapters(self.policy):
+        rows = self.policy.token_rows
+        with without_adapters(self.policy), rows.off() if rows is not None else nullcontext():
             yield self.policy

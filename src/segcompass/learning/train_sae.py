@@ -2,8 +2,9 @@
 
 Tokens of many sequences come in a shuffled stream (`activations/stream.py`): no batch is the
 tokens of one picture. Padding, end-of-text and concentration tokens are left out: the SAE never
-sees them later either. Under torchrun each rank reads its own slice of the data; gradients and
-counts are those of all ranks' tokens together.
+sees them later either. So are control tokens (`mask_control`), which it does see later. Under
+torchrun each rank reads its own slice of the data; gradients and counts are those of all ranks'
+tokens together.
 """
 
 from __future__ import annotations
@@ -98,7 +99,10 @@ def open_states(policy: Policy, config: RunConfig, stage: SaeStage) -> tuple[Sta
     cache = None
     if stage.cache is not None:
         cache = ActivationCache(stage.cache, int(stage.cache_gb * 1e9))
-    return StateReader(policy, sources, cache, memory=stage.buffer), groups
+    reader = StateReader(
+        policy, sources, cache, memory=stage.buffer, mask_control=stage.mask_control
+    )
+    return reader, groups
 
 
 def open_stream(

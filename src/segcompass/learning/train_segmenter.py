@@ -25,11 +25,14 @@ from segcompass.learning.engine.loop import Loop, Losses, batch_indices
 from segcompass.learning.losses import dice_loss, map_bce, soft_iou
 from segcompass.learning.stages import SegmenterStage
 
+# Which picture each prompt is for, the prompts by kind, and the masks (M, 4h, 4w) they ask for.
+Prompts = tuple[Tensor, dict[str, Tensor], Float[Tensor, "M 4h 4w"]]
+
 
 def train_segmenter(sam: SamModel, config: RunConfig, stage: SegmenterStage, folder: Path) -> None:
     """Teach the segmenter to complete points, boxes and coarse maps into masks."""
     records = read_pictures(config.data)
-    encoder, decoder = ImageEncoder(sam), MaskDecoder(sam)
+    encoder, decoder = ImageEncoder(sam).to(sam.device), MaskDecoder(sam)
     frames = frame_memo(encoder.side)
     loop = Loop(folder, "segmenter", {"sam": sam}, stage, config.seed)
     loop.resume()
@@ -41,8 +44,9 @@ def train_segmenter(sam: SamModel, config: RunConfig, stage: SegmenterStage, fol
         framed = np.stack([frames(r.image_path) for r in batch])
         pixels = encoder.normalise(framed, [Frame.fit(r.image_hw, encoder.side) for r in batch])
         rngs = [random.Random(f"{config.seed}/{step}/{i}") for i in chosen]
-        rows, prompts, targets = _prompts(batch, decoder, stage.prompts, rngs, encoder.side)
         keys = encoder(pixels)
+        made = _prompts(batch, decoder, stage.prompts, rngs, encoder.side)
+        rows, prompts, targets = moved(made, keys.device)
         kind = ("points", "boxes", "masks")[step % 3]
         shown = {name: value if name == kind else None for name, value in prompts.items()}
         logits = decoder.decode_prompts(
@@ -55,13 +59,20 @@ def train_segmenter(sam: SamModel, config: RunConfig, stage: SegmenterStage, fol
     loop.run(losses)
 
 
+def moved(made: Prompts, device: torch.device) -> Prompts:
+    """Everything on the device of the segmenter: prompts are made beside it."""
+    rows, prompts, targets = made
+    there = {kind: prompt.to(device) for kind, prompt in prompts.items()}
+    return rows.to(device), there, targets.to(device)
+
+
 def _prompts(
     batch: list[ImageRecord],
     decoder: MaskDecoder,
     count: int,
     rngs: list[random.Random],
     side: int,
-) -> tuple[Tensor, dict[str, Tensor], Float[Tensor, "M 4h 4w"]]:
+) -> Prompts:
     """Pick things to prompt for, and every kind of prompt for each; a picture has its own rng."""
     rows, points, boxes, coverage, noise = [], [], [], [], []
     for row, (record, rng) in enumerate(zip(batch, rngs, strict=True)):

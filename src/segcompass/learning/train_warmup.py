@@ -56,8 +56,9 @@ class DenseHeads(nn.Module):
         """Cross-entropy of every target, and the accuracy on cells that hold a thing."""
         sums, weights, right = [], [], {}
         for name, head in self.heads.items():
-            logits, target = head(features), targets[name]
-            weight = torch.ones(logits.shape[-1])
+            logits = head(features)
+            target = targets[name].to(logits.device)
+            weight = torch.ones(logits.shape[-1], device=logits.device)
             if name in _EMPTY:
                 weight[-1] = background
             sums.append(F.cross_entropy(logits, target, weight, reduction="sum"))
@@ -75,7 +76,7 @@ def train_vision(policy: Policy, config: RunConfig, stage: VisionStage, folder: 
     """Pretrain the vision tower on dense targets."""
     records = read_pictures(config.data)
     torch.manual_seed(config.seed)
-    heads = DenseHeads(policy.width)
+    heads = DenseHeads(policy.width).to(policy.model.device)
     tower = policy.backbone.vision
     parts = {"tower": tower, "heads": heads}
     observers = stage_observers(config, folder)

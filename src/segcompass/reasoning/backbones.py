@@ -40,6 +40,7 @@ class Backbone(Protocol):
     model: PreTrainedModel
     image_processor: Any
     pad_square: bool
+    stretch_to: int | None
 
     @property
     def layers(self) -> nn.ModuleList: ...

@@ -134,6 +134,7 @@ def _add_concentration_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> 
     }
     with torch.no_grad():
         for table in tables.values():  # one where input and output are tied
-            for number, row in enumerate(ids, start=1):
+            for token, row in zip(new, ids, strict=True):
+                number = tokens.index(token) + 1
                 words = tokenizer.encode(f" object {number}", add_special_tokens=False)
                 table[row] = table[words].float().mean(0).to(table.dtype)

@@ -70,6 +70,8 @@ class Policy(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.config = config
+        # While the tokens' rows train, the module that holds them (learning/engine/token_rows.py).
+        self.token_rows: Any = None
         self.prompt = Prompt(
             config.prompt, tokenizer, backbone.image_token_id, int(tokenizer.eos_token_id)
         )

@@ -114,6 +114,9 @@ def loss_with(policy: Policy, reader: StateReader, change: Any) -> float:
         layer = policy.sae_layer
         forward = layer.forward
         readable = (sequences.kinds > 0) & (sequences.kinds < TokenKind.CONCENTRATION)
+        for mark in policy.tokenizer.added_tokens_decoder:
+            if mark != policy.backbone.image_token_id:
+                readable &= sequences.ids != mark
         readable[:, -1] &= sequences.ids[:, -1] != policy.prompt.eos_token_id
 
         def changed(

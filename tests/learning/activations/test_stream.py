@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import policy_config, tiny_llava_policy, tiny_qwen_policy
+from tiny import QWEN_CONTROL, policy_config, tiny_llava_policy, tiny_qwen_policy
 
 from segcompass.data.documents import DocumentsConfig, DocumentSet
 from segcompass.data.samples import read_dataset
@@ -33,6 +33,7 @@ from segcompass.learning.activations.stream import (
 from segcompass.learning.corpus import visual_memo
 from segcompass.reasoning.loading import load_policy
 from segcompass.reasoning.policy import Policy
+from segcompass.reasoning.prompts import concentration_tokens
 from segcompass.types import Sample, TokenKind
 
 
@@ -57,17 +58,30 @@ def source_of(policy: Policy, samples: list[Sample], **settings: Any) -> SampleS
 # --- which tokens
 
 
-def test_tokens_are_those_of_prompt_and_thought(qwen: Policy, samples: list[Sample]) -> None:
+@pytest.mark.parametrize("masked", [True, False])
+def test_tokens_are_those_of_prompt_and_thought(
+    masked: bool, qwen: Policy, samples: list[Sample]
+) -> None:
+    """Without control tokens: seven marks of the chat, and the K tokens that the prompt names.
+
+    Image tokens stay, whose id is that of a control token.
+    """
+    names = [*QWEN_CONTROL, *concentration_tokens(6)]
+    marks = {*qwen.tokenizer.convert_tokens_to_ids(names)} - {qwen.backbone.image_token_id}
     visuals = visual_memo(qwen.backbone)
     states, kinds = [], []
     for sample in samples[:3]:  # alone, so that nothing is padded
         picture = visuals(sample.image_path)
         sequences = qwen.encode([picture], [sample.instruction], [sample.thought or ""])
         first = sequences.kinds[0].tolist().index(TokenKind.CONCENTRATION)
+        ids = sequences.ids[0, :first].tolist()
+        kept = [i for i, token in enumerate(ids) if not masked or token not in marks]
+        assert len(ids) - len(kept) == (7 + 6 if masked else 0)
         with torch.no_grad():
-            states.append(qwen(sequences, [picture])[0].sae_states[0, :first])
-        kinds += sequences.kinds[0, :first].tolist()
-    found = StateReader(qwen, [source_of(qwen, samples)]).read(Group(0, (0, 1, 2)))
+            states.append(qwen(sequences, [picture])[0].sae_states[0, kept])
+        kinds += sequences.kinds[0, kept].tolist()
+    reader = StateReader(qwen, [source_of(qwen, samples)], mask_control=masked)
+    found = reader.read(Group(0, (0, 1, 2)))
     torch.testing.assert_close(found.states, torch.cat(states), atol=1e-4, rtol=1e-4)
     assert found.kinds.tolist() == kinds
     assert set(kinds) == {
@@ -372,16 +386,16 @@ def test_a_second_run_reads_the_cache_and_gets_the_same(
     assert shard.suffix == ".safetensors"
 
 
-def test_the_cache_knows_weights_layer_and_content(
+def test_the_cache_knows_weights_layer_mask_and_content(
     samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_qwen_policy(tmp_path / "policy")
     other = replace(samples[0], instruction=samples[0].instruction + " now")
     answer = replace(samples[0], thought="Nothing.")
 
-    def read(policy: Policy, sample: Sample) -> None:
+    def read(policy: Policy, sample: Sample, **masks: bool) -> None:
         cache = ActivationCache(tmp_path / "cache", budget=1 << 30)
-        StateReader(policy, [source_of(policy, [sample])], cache).read(Group(0, (0,)))
+        StateReader(policy, [source_of(policy, [sample])], cache, **masks).read(Group(0, (0,)))
 
     for layer, sample in ((1, samples[0]), (1, other), (1, answer), (0, samples[0])):
         config = policy_config("qwen2_5_vl", sae_layer=layer)
@@ -390,7 +404,8 @@ def test_the_cache_knows_weights_layer_and_content(
     with torch.no_grad():
         next(changed.model.model.language_model.layers[0].parameters())[0] += 1e-3
     read(changed, samples[0])
-    assert len(list((tmp_path / "cache").iterdir())) == 5
+    read(changed, samples[0], mask_control=False)
+    assert len(list((tmp_path / "cache").iterdir())) == 6
 
 
 def test_weights_are_told_apart_by_value_and_place() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from segcompass.io.errors import CheckpointError
+from segcompass.io.errors import CheckpointError, ConfigError
 from segcompass.learning.engine.optimizer import MasterWeights, OptimizerConfig, learning_rate
 
 
@@ -211,6 +211,13 @@ def test_muon_moves_matrices_and_adamw_the_rest() -> None:
         adam.step()
     for found, wanted in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def test_muon_is_refused_where_matrices_are_sharded() -> None:
+    weights = MasterWeights({"words": _Words()}, config(optimizer="muon"))
+    weights.starts = {"words.mix.weight": 2}  # as of a second rank
+    with pytest.raises(ConfigError, match="adamw, or train with one process"):
+        weights._optimizers([])
 
 
 def test_muon_resumes_to_the_bit() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -271,6 +272,35 @@ def test_an_unreadable_picture_is_named_and_the_work_before_it_kept(
     assert len(read_index(tmp_path / "store")) == 4
 
 
+def test_pictures_in_an_archive_need_not_be_extracted(made: Encoders, tmp_path: Path) -> None:
+    archive = tmp_path / "train2014.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in made.paths:
+            file.write(path, f"train2014/{path.name}")
+    packed = made._replace(paths=[archive / "train2014" / path.name for path in made.paths])
+    stored = opened(packed, write(packed, tmp_path / "store"))
+    for inside, outside in zip(packed.paths, made.paths, strict=True):
+        assert torch.equal(stored.features(inside), directly(made, outside)[0].bfloat16())
+        assert torch.equal(stored.keys(outside), stored.keys(inside))  # named by content
+
+
+def test_a_missing_picture_is_named(made: Encoders, tmp_path: Path) -> None:
+    folder = write(made, tmp_path / "store")
+    made.paths[1].unlink()
+    with pytest.raises(ImageError, match=r"1\.jpg: cannot be opened"):
+        opened(made, folder)
+    with pytest.raises(ImageError, match=r"1\.jpg: cannot be opened"):
+        write(made, folder)
+
+
+def test_a_policy_that_stretches_pictures_has_features_of_its_own(made: Encoders) -> None:
+    plain = feature_fingerprint(made.backbone)
+    made.backbone.stretch_to = 56
+    stretched = feature_fingerprint(made.backbone)
+    made.backbone.stretch_to = 84
+    assert len({plain, stretched, feature_fingerprint(made.backbone)}) == 3
+
+
 def test_an_empty_folder_says_what_to_do(made: Encoders, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data features CONFIG"):
         opened(made, tmp_path / "nothing")
@@ -313,3 +343,21 @@ def test_the_command_writes_what_the_joint_stage_reads(scenes_root: Path, tmp_pa
     paths = [s.image_path for s in read_dataset(scenes_root, "train")]
     stored = open_features(tmp_path / "store", policy.backbone, ImageEncoder(tiny_sam()), paths)
     assert stored.features(paths[0]).shape == (16, 32)
+
+
+def test_the_command_leaves_out_what_the_config_leaves_out(
+    scenes_root: Path, tmp_path: Path
+) -> None:
+    """As the joint stage does: a picture that is damaged is no reason to go without features."""
+    data = tmp_path / "scenes"
+    shutil.copytree(scenes_root, data)
+    bad, *good = dict.fromkeys(s.image_path for s in read_dataset(data, "train"))
+    bad.write_text("no picture")
+    config = write_llava_config(tmp_path, data)
+    tiny_sam().save_pretrained(tmp_path / "run/segmenter")
+    settings = [f"data.features={tmp_path / 'store'}"]
+    with pytest.raises(DataError, match="unreadable picture"):
+        run_features(config, settings, device="cpu")
+    run_features(config, [*settings, "data.on_error=skip"], device="cpu")
+    policy = load_policy(tmp_path / "llava", policy_config("llava"))
+    open_features(tmp_path / "store", policy.backbone, ImageEncoder(tiny_sam()), good)

@@ -109,6 +109,9 @@ def test_what_is_left_out_costs_nothing(config: RunConfig, tmp_path: Path) -> No
     frozen = plan(changed(config, train_upper_layers=False), 1, 1.0)
     assert gb(frozen, "policy: Adam moments", "policy activations") == 0
     assert frozen.flops["policy, backward"] < base.flops["policy, backward"]
+    whole = plan(changed(config, train_lower_layers=True), 1, 1.0)
+    assert gb(whole, "policy: Adam moments") > gb(base, "policy: Adam moments")
+    assert whole.flops["policy, backward"] > base.flops["policy, backward"]
     content = config.model_dump(mode="json", exclude_unset=True)
     content["data"]["features"] = str(tmp_path / "store")
     stored = plan(RunConfig.model_validate(content), 1, 1.0)
@@ -212,6 +215,13 @@ def test_folders_are_planned_from_their_configs(tmp_path: Path) -> None:
     work = workload_of(load_config(path), 1, 1.0)
     assert (work.image, work.slots, work.s) == (16, 6, 4)
     assert work.answer == 32 and work.prompt > 600 + 16  # instruction and picture at their limits
+
+
+def test_a_damaged_image_processor_is_named(tmp_path: Path) -> None:
+    path = write_llava_config(tmp_path, tmp_path / "no-data")
+    (tmp_path / "llava/preprocessor_config.json").write_text('{"size": {')
+    with pytest.raises(CheckpointError, match=r"llava/preprocessor_config\.json cannot be read"):
+        workload_of(load_config(path), 1, 1.0)
 
 
 def test_a_finished_model_to_start_from(tmp_path: Path, config: RunConfig) -> None:

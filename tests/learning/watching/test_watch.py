@@ -102,6 +102,23 @@ def test_a_stage_gets_what_its_config_asks_for(tmp_path: Path, scenes_root: Path
     assert health.config.action == "stop" and health.config.window == 20 and not health.learns
 
 
+def test_answers_that_name_objects_earn_up_to_one(tmp_path: Path, scenes_root: Path) -> None:
+    """Their reward is a mean; what masks would earn has nothing to do with it."""
+    joint = {"rewards": {"format": 1.0, "mask": 3.0}, "object_rewards": {"accuracy": 9.0}}
+    masks = run_config(tmp_path, scenes_root, train_joint=joint)
+    own = {"interface": "text_readout", "head": {}}
+    readout = run_config(tmp_path, scenes_root, train_joint=joint, **own)
+    judge = {"train_scorer": {"steps": 1, "learning_rate": 1.0}}
+    inner = {"interface": "candidate_rerank", "head": own, **judge}
+    rerank = run_config(tmp_path, scenes_root, train_joint=joint, **inner)
+    tops = []
+    for config in (masks, readout, rerank):
+        (health,) = joint_observers(config, config.train_joint, tmp_path)
+        assert isinstance(health, Health)
+        tops.append(health.history.top)
+    assert tops == [4.0, 1.0, 1.0]
+
+
 def test_panels_are_drawn_only_if_asked_for(
     tiny_model: Path, scenes_root: Path, tmp_path: Path
 ) -> None:

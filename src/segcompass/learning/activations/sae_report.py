@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
-from segcompass.interfaces.concept_slots import read_by_sae
 from segcompass.learning.activations.latents import MODALITIES, modality_of
 from segcompass.learning.activations.sources import pixels_of
 from segcompass.learning.activations.stream import Group, StateReader, Statistics
@@ -59,7 +58,7 @@ def measure_fidelity(
             continue
         visuals = pixels_of(rows)
         states, hidden = policy(sequences, visuals)
-        readable = read_by_sae(states)
+        readable = reader.readable(sequences, states)
         z = states.sae_states[readable].float()
         usual = found.is_usual(z, outliers)
         rebuilt = meter.count(z, usual, modality_of(states.token_kinds[readable]))

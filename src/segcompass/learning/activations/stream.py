@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segcompass.interfaces.concept_slots import read_by_sae
@@ -34,6 +34,7 @@ from segcompass.learning.activations.cache import (
 from segcompass.learning.activations.sources import Row, Source, pixels_of
 from segcompass.reasoning.policy import Policy
 from segcompass.reasoning.sequences import Sequences
+from segcompass.types import ReasoningBatch, TokenKind
 
 
 class Group(NamedTuple):
@@ -95,6 +96,7 @@ class StateReader:
         cache: Shards of an earlier epoch or run. With a cache, states are rounded to bf16 always,
             so that a run that fills it equals one that reads it.
         memory: Tokens that may be remembered.
+        mask_control: Leave out the states of control tokens.
     """
 
     def __init__(
@@ -103,9 +105,11 @@ class StateReader:
         sources: Sequence[Source],
         cache: ActivationCache | None = None,
         memory: int = 0,
+        *,
+        mask_control: bool = True,
     ) -> None:
         self.policy, self.sources, self.cache = policy, sources, cache
-        self.room = memory
+        self.room, self.mask_control = memory, mask_control
         self._kept: dict[Group, Tokens] = {}
         self._policy_identity = ""
         if cache is not None:
@@ -127,6 +131,20 @@ class StateReader:
         self._kept.clear()
         self.room = 0
 
+    def readable(self, sequences: Sequences, states: ReasoningBatch) -> Bool[Tensor, "B L"]:
+        """The tokens whose states the SAE learns from, and is judged by.
+
+        Control tokens stand in every prompt, in the same places: what the SAE spent on them would
+        tell nothing of a picture or a question. Image tokens share an id and are no such tokens.
+        In use the SAE reads all of :func:`read_by_sae`.
+        """
+        readable = read_by_sae(states)
+        if not self.mask_control:
+            return readable
+        control = torch.tensor(self.policy.prompt.control_ids, device=sequences.ids.device)
+        is_image = states.token_kinds == TokenKind.IMAGE
+        return readable & (is_image | ~torch.isin(sequences.ids, control))
+
     def batch(self, group: Group) -> tuple[Sequences, list[Row]]:
         """The group's sequences; no rows where none can be used."""
         rows = self.sources[group.source].rows(group.positions)
@@ -136,7 +154,8 @@ class StateReader:
         assert self.cache is not None
         source = self.sources[group.source]
         facts = [source.identity(position) for position in group.positions]
-        key = shard_key(self._policy_identity, str(self.policy.config.sae_layer), *facts)
+        read = f"layer {self.policy.config.sae_layer}, control masked: {self.mask_control}"
+        key = shard_key(self._policy_identity, read, *facts)
         tokens = self.cache.read(key, self.policy.width)
         if tokens is None:
             tokens = self._computed(group)
@@ -151,7 +170,7 @@ class StateReader:
             nothing = torch.empty(0, self.policy.width, dtype=self.policy.model.dtype)
             return Tokens(nothing, torch.empty(0, dtype=torch.uint8))
         states, _ = self.policy(sequences, pixels_of(rows))
-        readable = read_by_sae(states)
+        readable = self.readable(sequences, states)
         kinds = states.token_kinds[readable].to(torch.uint8)
         return Tokens(states.sae_states[readable].cpu(), kinds.cpu())
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.interfaces.base import Interface
-from segcompass.learning.engine.lora import add_lora, upper_layers
+from segcompass.learning.engine.lora import adapted, add_lora, upper_layers
+from segcompass.learning.engine.token_rows import TokenRows
 from segcompass.learning.stages import JointStage
 from segcompass.reasoning.policy import Policy
 
@@ -22,7 +23,8 @@ def freeze(
 ) -> dict[str, nn.Module]:
     """Freeze what this stage leaves alone; returns the trained parts by name.
 
-    With ``stage.lora`` the policy's part is adapters, which are put in here.
+    With ``stage.lora`` the policy's part is adapters, which are put in here. The concentration
+    tokens' rows train with the policy, as a part of their own.
     """
     policy.requires_grad_(False)
     encoder.requires_grad_(False)
@@ -31,10 +33,15 @@ def freeze(
         interface.requires_grad_(False)
     if stage.lora is not None:
         add_lora(policy, stage.lora, seed)
+        for layer in adapted(policy):
+            layer.train()  # their dropout; all else stays as it is judged
         parts["policy"] = upper_layers(policy)
     elif stage.train_upper_layers:
-        trained = nn.ModuleList([upper_layers(policy), policy.backbone.final_norm])
+        layers = policy.backbone.layers if stage.train_lower_layers else upper_layers(policy)
+        trained = nn.ModuleList([layers, policy.backbone.final_norm])
         parts["policy"] = trained.requires_grad_(True)
+    if "policy" in parts and policy.slots:
+        parts["tokens"] = TokenRows(policy)
     return parts
 
 

@@ -159,6 +159,9 @@ def trained_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
             halves = (_whole(layer.lora_A[adapter].weight), _whole(layer.lora_B[adapter].weight))
             weight = _sum(weight, *halves, layer.scaling[adapter])
         yield f"{path}.weight", weight.to(dtype)
+    if policy.token_rows is not None:
+        for name, table, rows in policy.token_rows.tables(policy):
+            yield name, policy.token_rows.into(table, rows).to(dtype)
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad and not any(name.startswith(f"{path}.") for path in merged):
             yield name, _whole(parameter).to(dtype)

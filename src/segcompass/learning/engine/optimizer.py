@@ -84,7 +84,7 @@ class MasterWeights:
                     names.append(key)
                     self.working[key] = parameter
                     if isinstance(parameter.data, DTensor):
-                        self.starts[key] = _start(parameter.data)
+                        self.starts[key] = first_row(parameter.data)
                     else:
                         self.world.copy_from_main([parameter])
                     self.master[key] = self._master_of(parameter)
@@ -96,7 +96,9 @@ class MasterWeights:
     @staticmethod
     def _master_of(parameter: nn.Parameter) -> Tensor:
         if isinstance(parameter.data, DTensor):
-            return _local(parameter).float().requires_grad_(True)  # shares the memory if it is fp32
+            return (
+                local_part(parameter).float().requires_grad_(True)
+            )  # shares the memory if it is fp32
         if parameter.dtype == torch.float32:
             return parameter
         return parameter.detach().float().clone().requires_grad_(True)
@@ -120,7 +122,10 @@ class MasterWeights:
         if self.config.optimizer == "adamw":
             return [torch.optim.AdamW(groups, lr=rate, betas=betas)]
         if self.starts:
-            raise ConfigError("muon needs whole matrices; set optimizer: adamw under torchrun")
+            raise ConfigError(
+                "muon needs whole matrices, and several ranks share the policy's out; set "
+                "optimizer: adamw, or train with one process"
+            )
         inner = {id(m) for name, m in self.master.items() if m.ndim == 2 and not _TABLE(name)}
         split: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for group in groups:
@@ -166,7 +171,7 @@ class MasterWeights:
         for name, parameter in self.working.items():
             master = self.master[name]
             if master is not parameter and parameter.grad is not None:
-                gradient = _local(parameter.grad).float()
+                gradient = local_part(parameter.grad).float()
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
 
@@ -185,7 +190,7 @@ class MasterWeights:
     @torch.no_grad()
     def _write_back(self) -> None:
         for name, parameter in self.working.items():
-            target = _local(parameter)
+            target = local_part(parameter)
             if target.data_ptr() != self.master[name].data_ptr():
                 target.copy_(self.master[name])
 
@@ -247,13 +252,13 @@ class MasterWeights:
         )
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This rank's shard, in the same memory; the whole tensor where it is not sharded."""
     plain = tensor.detach()
     return plain.to_local() if isinstance(plain, DTensor) else plain
 
 
-def _start(tensor: DTensor) -> int:
+def first_row(tensor: DTensor) -> int:
     """First row of this rank's shard; FSDP2 cuts rows into equal parts, the last ones shorter."""
     assert tensor.placements == (Shard(0),), tensor.placements
     rows = -(-tensor.shape[0] // tensor.device_mesh.size())

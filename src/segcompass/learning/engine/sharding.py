@@ -48,12 +48,20 @@ def shard(policy: Policy, world: World) -> None:
     precision = MixedPrecisionPolicy() if dtype == torch.float32 else mixed
     mesh = init_device_mesh(world.device.type, (world.size,))
     units = _units(policy)
+    # A few rows that train are cheaper whole on every rank, in fp32.
+    beside = set(policy.token_rows.parameters()) if policy.token_rows is not None else set()
     for unit in [*units, policy]:
         for parameter in unit.parameters():
             if parameter.requires_grad and not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.float()
         inner = unit in units
-        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=inner)
+        fully_shard(
+            unit,
+            mesh=mesh,
+            mp_policy=precision,
+            reshard_after_forward=inner,
+            ignored_params=beside,
+        )
     root: Any = policy
     # Ranks must agree on what has a gradient: here also what no loss reaches, such as an unused
     # language head, has one of 0. (So it decays if it is to train, unlike on one process.)

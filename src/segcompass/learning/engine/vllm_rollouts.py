@@ -21,6 +21,7 @@ from torch import Tensor
 from segcompass.io.errors import ConfigError
 from segcompass.learning.engine.distributed import World
 from segcompass.learning.engine.lora import merged_state, trained_weights
+from segcompass.learning.engine.token_rows import with_token_rows
 from segcompass.learning.rollouts import RolloutConfig, Rollouts, sample_answers, score_answers
 from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.loading import save_policy
@@ -181,7 +182,7 @@ def open_engine(policy: Policy, config: RolloutConfig, folder: Path, seed: int) 
     _vllm()  # before 15 GB are written
     world = World.current()
     if world.is_main:
-        state = merged_state(policy, policy.model.state_dict())
+        state = with_token_rows(policy, merged_state(policy, policy.model.state_dict()))
         save_policy(policy, folder, state=state)
     world.barrier()
     return VllmEngine(folder, policy.model.dtype, config.vllm_memory, seed, world)

@@ -23,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from segcompass.grounding.image_encoder import PIXEL_MEAN, PIXEL_STD, ImageEncoder
-from segcompass.io.errors import ConfigError, DataError
+from segcompass.io import archives
+from segcompass.io.errors import ConfigError, DataError, ImageError
+from segcompass.io.files import read_object
 from segcompass.reasoning.backbones import Backbone
 
 FORMAT = "segcompass.features/1"
@@ -55,6 +57,7 @@ def feature_fingerprint(backbone: Backbone) -> str:
         "layer": getattr(config, "vision_feature_layer", None),
         "processor": _settings(backbone.image_processor),
         "pad_square": backbone.pad_square,
+        "stretch_to": backbone.stretch_to,
     }
     return _fingerprint("features", backbone.vision, settings)
 
@@ -87,6 +90,14 @@ def raw_bytes(tensor: Tensor) -> Any:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
+def picture_bytes(path: Path) -> bytes:
+    """A picture file as it is, on disk or in an archive; raises ImageError if it cannot be read."""
+    try:
+        return archives.read_bytes(path)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be opened ({error})") from error
+
+
 def name_of(picture: bytes, fingerprint: str) -> str:
     """The name of what an encoder makes of a picture file."""
     return hashlib.sha256(picture + fingerprint.encode()).hexdigest()
@@ -112,17 +123,19 @@ def read_index(folder: Path) -> dict[str, Entry]:
 
 def read_shards(index: Path) -> dict[str, Any]:
     """What an index tells of its shards: bytes, and the SHA-256 of every tensor."""
+    way_out = f"delete it, and {REMEDY}"
+    content = read_object(index, way_out)
+    if content.get("format") != FORMAT:
+        raise DataError(
+            f"{index} has format {content.get('format')!r}, this reads {FORMAT!r}; {way_out}"
+        )
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise DataError(f"{index} has format {content['format']!r}, this reads {FORMAT!r}")
-        for told in content["shards"].values():
+        shards: dict[str, Any] = content["shards"]
+        for told in shards.values():
             told["bytes"], told["tensors"].items()
-    except DataError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{index} is damaged ({error!r}); delete it, and {REMEDY}") from error
-    return content["shards"]  # type: ignore[no-any-return]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index} is damaged ({error!r}); {way_out}") from error
+    return shards
 
 
 def is_whole(shard: Path, told: Mapping[str, Any]) -> bool:
@@ -177,7 +190,7 @@ class StoredTensors:
     def name(self, path: Path) -> str:
         """The name of a picture's tensor; the file is read once."""
         if path not in self.names:
-            self.names[path] = name_of(path.read_bytes(), self.fingerprint)
+            self.names[path] = name_of(picture_bytes(path), self.fingerprint)
         return self.names[path]
 
     def missing(self, paths: Iterable[Path]) -> Iterator[Path]:

@@ -19,11 +19,13 @@ from transformers import SamModel
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.grounding.segmenters import as_sam, load_segmenter
 from segcompass.io.errors import ConfigError
+from segcompass.io.files import write_whole
 from segcompass.io.images import load_image
 from segcompass.io.progress import progress
+from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig, load_config
-from segcompass.learning.corpus import read_samples
 from segcompass.learning.engine.distributed import World, start
+from segcompass.learning.fit import check_start
 from segcompass.learning.planning.features import (
     FORMAT,
     feature_fingerprint,
@@ -31,11 +33,13 @@ from segcompass.learning.planning.features import (
     key_fingerprint,
     limit_pixels,
     name_of,
+    picture_bytes,
     raw_bytes,
     read_index,
     read_shards,
 )
 from segcompass.learning.train import warm_policy
+from segcompass.learning.train_scorer import source_of
 from segcompass.model_folder import load_parts
 from segcompass.reasoning.backbones import Backbone
 from segcompass.reasoning.policy import Policy
@@ -62,7 +66,7 @@ def run_features(config_path: Path, overrides: list[str], device: str | None = N
             f"{config_path} names no folder for image features; set data.features: FOLDER, or "
             "pass --set data.features=FOLDER"
         )
-    paths = [s.image_path for s in read_samples(config.data)]
+    paths = [s.image_path for s in training_samples(config.data, run=config.run)]
     with start(device) as world:
         policy, sam = _encoders(config)
         policy.to(world.device)
@@ -73,6 +77,7 @@ def run_features(config_path: Path, overrides: list[str], device: str | None = N
 def _encoders(config: RunConfig) -> tuple[Policy, SamModel]:
     """The policy and the segmenter that the joint stage begins with; see `train.start_model`."""
     if config.train_joint.start is not None:
+        check_start(source_of(config))
         parts = load_parts(config.train_joint.start, dtype=config.policy.dtype)
         return parts.policy, as_sam(parts.sam, config.train_joint.start)
     folder = config.run / "segmenter"
@@ -136,7 +141,7 @@ def _encode(
     writer: _Writer,
 ) -> Iterable[str]:
     """Make what is missing of one picture; returns the names of both tensors."""
-    picture = path.read_bytes()
+    picture = picture_bytes(path)
     names = {kind: name_of(picture, mark) for kind, mark in marks.items()}
     if not there.issuperset(names.values()):
         image = load_image(path)
@@ -184,7 +189,6 @@ class _Writer:
             "bytes": shard.stat().st_size,
             "tensors": {n: hashlib.sha256(raw_bytes(t)).hexdigest() for n, t in self.held.items()},
         }
-        partial = self.index.with_suffix(".partial")
-        partial.write_text(json.dumps({"format": FORMAT, "shards": self.shards}, indent=1) + "\n")
-        partial.replace(self.index)
+        told = {"format": FORMAT, "shards": self.shards}
+        write_whole(self.index, json.dumps(told, indent=1) + "\n")
         self.held = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +16,14 @@ from segcompass.concepts.sae_files import CONFIG_NAME
 from segcompass.grounding.image_encoder import sam_config
 from segcompass.interfaces.concept_slots import HeadConfig
 from segcompass.interfaces.registry import OfInterface
-from segcompass.io.checkpoints import BINDING
 from segcompass.io.errors import CheckpointError, ConfigError
+from segcompass.io.files import read_object
 from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.lora import LoraSettings
+from segcompass.learning.fit import picture_limits, start_config
 from segcompass.learning.planning import costs
 from segcompass.learning.planning.costs import PolicyShape, size
-from segcompass.model_folder import ModelConfig, find_model
+from segcompass.model_folder import find_model
 from segcompass.presets import SEGMENTERS, Parts, assemble, preset_of, published_config
 from segcompass.reasoning.from_scratch import build_model, build_tokenizer
 from segcompass.reasoning.policy import PolicyConfig
@@ -127,7 +127,8 @@ def workload_of(config: RunConfig, gpus: int, memory_gb: float) -> Workload:
         raise ConfigError(f"plan for 1 GPU or more of some memory, got {gpus} of {memory_gb:g} GB")
     stage, model = config.train_joint, model_of(config)
     use, parts = model.use, _assembled(model)
-    shape = costs.shape_of(parts.backbone, use.sae_layer)
+    # With all layers trained there is none that passes come through without gradients.
+    shape = costs.shape_of(parts.backbone, -1 if stage.train_lower_layers else use.sae_layer)
     image = image_tokens(model, config.data.image_pixels)
     prompt = image + use.prompt.max_instruction_tokens + template_tokens(use.prompt)
     answer = stage.rollout.max_new_tokens or use.max_new_tokens
@@ -213,11 +214,10 @@ def model_of(config: RunConfig) -> Model:
 
 def _finished(folder: Path) -> Model:
     """The configs in a model folder; its weights and their hashes are not looked at."""
+    _, model = start_config(folder)
     try:
-        binding = json.loads((folder / BINDING).read_text(encoding="utf-8"))
-        model = ModelConfig.model_validate(binding["config"])
-        latents = int(json.loads((folder / "sae" / CONFIG_NAME).read_text())["d_sae"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        latents = int(read_object(folder / "sae" / CONFIG_NAME)["d_sae"])
+    except (ValueError, KeyError, TypeError) as error:  # DataError is a ValueError
         raise CheckpointError(f"{folder} is no complete model folder: {error}") from error
     policy, sam = _read(AutoConfig, folder / "policy"), _read(SamConfig, folder / "segmenter")
     pixels = _most_pixels(folder / "policy")
@@ -264,9 +264,8 @@ def _read(kind: Any, source: str | Path) -> Any:
 
 
 def _most_pixels(folder: Path) -> int:
-    settings = folder / "preprocessor_config.json"
-    found = json.loads(settings.read_text()).get("size", {}) if settings.is_file() else {}
-    return int(found.get("longest_edge", Qwen2VLImageProcessorPil.size["longest_edge"]))
+    limits = picture_limits(folder)
+    return int(Qwen2VLImageProcessorPil.size["longest_edge"]) if limits is None else limits[1]
 
 
 def image_tokens(model: Model, limits: tuple[int, int] | None) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from segcompass.io.errors import SegCompassError
+from segcompass.io.files import write_whole
 from segcompass.learning.watching.history import History
 from segcompass.learning.watching.symptoms import HealthConfig, Symptom, symptoms
 
@@ -122,9 +123,7 @@ class Health:
                 self.active.pop(row["cause"], None)
             else:
                 self.active[row["cause"]] = bool(row.get("severe")), step - 1
-        partial = findings.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(findings)
+        write_whole(findings, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _rows(path: Path, before: int) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,7 @@ class History:
 
     Args:
         window: Steps that are judged together; a block is half of that.
-        reward_weights: Weights of form and masks in the reward, if they are known.
+        reward_weights: Weights of form and masks in the reward; None where it is a weighted mean.
     """
 
     def __init__(self, window: int, reward_weights: tuple[float, float] | None = None) -> None:

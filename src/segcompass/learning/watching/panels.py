@@ -14,9 +14,11 @@ from torch import nn
 
 from segcompass.data.samples import read_dataset
 from segcompass.io.errors import DataError, SegCompassError
+from segcompass.io.files import bytes_of, write_whole
 from segcompass.io.masks import decode
 from segcompass.io.sheets import Entry, sheet
 from segcompass.learning.config import DataConfig
+from segcompass.learning.rollouts import evaluating
 from segcompass.pipeline import SegCompass
 from segcompass.types import Sample
 
@@ -88,9 +90,7 @@ class Panels:
                 f"{self.folder.parent.name}, step {step:,}",
             )
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            page.save(partial, format="PNG")
-            partial.replace(path)
+            write_whole(path, bytes_of(lambda file: page.save(file, format="PNG")))
         return path
 
 
@@ -122,15 +122,9 @@ def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while, and every mode and random state afterwards as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    model.eval()
-    try:
-        with torch.random.fork_rng(gpus):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.random.fork_rng(gpus):
+        yield
 
 
 def _targets(sample: Sample) -> np.ndarray:

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from segcompass.interfaces.candidate_rerank import CandidateRerankConfig
+from segcompass.interfaces.registry import find
 from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.distributed import World
 from segcompass.learning.engine.loop import Observer, Row
@@ -82,9 +84,18 @@ def stage_observers(config: RunConfig, folder: Path) -> list[Observer]:
 
 def joint_observers(config: RunConfig, stage: JointStage, folder: Path) -> list[Observer]:
     """Observers of the joint stage: those of any stage, and the health check."""
-    weights = stage.rewards.format, stage.rewards.mask
-    health = Health(folder, stage.health, reward_weights=weights, learns=stage.rl_weight > 0)
+    learns = stage.rl_weight > 0
+    health = Health(folder, stage.health, reward_weights=_weights(config, stage), learns=learns)
     return [*stage_observers(config, folder), health]
+
+
+def _weights(config: RunConfig, stage: JointStage) -> tuple[float, float] | None:
+    """Weights of form and masks; None where answers earn by named objects, a weighted mean."""
+    head = config.head
+    name = head.interface if isinstance(head, CandidateRerankConfig) else config.interface
+    if find(name).form == "objects":
+        return None
+    return stage.rewards.format, stage.rewards.mask
 
 
 def joint_panels(
