@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,10 @@ def check_data(config: RunConfig, stages: Collection[str]) -> None:
         DataError: if samples cannot be trained on; see :func:`training_samples`.
         CheckpointError: if the policy's tokenizer cannot be read.
     """
-    samples = training_samples(config.data, run=config.run)
-    prompt = _prompt(config, stages, samples)
-    if prompt is not None:
-        training_samples(config.data, prompt, config.run)
+    training_samples(config.data, _prompt(config, stages), config.run)
 
 
-def _prompt(config: RunConfig, stages: Collection[str], samples: Sequence[Sample]) -> Prompt | None:
+def _prompt(config: RunConfig, stages: Collection[str]) -> Prompt | None:
     """What will tokenise the instructions; None where no stage asks, or its policy is not there."""
     source, use, warm = config.policy.source, config.policy.use, config.run / "policy"
     if not {"warmup", "sae", "joint"} & set(stages):
@@ -91,8 +88,8 @@ def _prompt(config: RunConfig, stages: Collection[str], samples: Sequence[Sample
         return _prompt_of(source, use)
     if "warmup" not in stages:
         return None
-    vocabulary = config.policy.scratch.vocabulary
-    tokenizer = build_tokenizer(texts_of(samples), vocabulary, len(use.prompt.tokens))
+    texts = texts_of(training_samples(config.data, run=config.run))
+    tokenizer = build_tokenizer(texts, config.policy.scratch.vocabulary, len(use.prompt.tokens))
     return _with_tokenizer(tokenizer, use)
 
 
