@@ -87,6 +87,24 @@ def test_a_mistake_is_named_with_its_place(old: str, new: str, told: str, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "train_joint={steps: 1, learning_rate: 1, drop_tokens: 1, drop_concepts: 1}",
+            "of the same",
+        ),
+        ("interface=candidate_rerank", "train_scorer go together"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_not_all_printed(
+    override: str, told: str, tmp_path: Path
+) -> None:
+    message = complaint(tmp_path, SMALLEST, override)
+    assert told in message
+    assert not any(word in message for word in ("Value error", ", got {", ": :"))
+
+
+@pytest.mark.parametrize(
     ("typo", "meant"),
     [
         ("policy.scratch.widht=4", "width"),

@@ -149,6 +149,8 @@ def test_a_start_with_another_policy_is_named(
         check_start(starting(tiny_model, policy={"source": str(llava)}))
     check_start(starting(tiny_llava_model, policy={"source": str(llava)}))
     check_start(starting(tiny_model, policy={"source": "someone/not-here"}))
+    with pytest.raises(ConfigError, match=rf"{llava.parent} \(no policy\)"):
+        check_start(starting(tiny_model, policy={"source": str(llava.parent)}))
     with pytest.raises(ConfigError, match=r"is one size for all there, \[1, 2\]"):
         check_start(starting(tiny_llava_model, data={"image_pixels": [1, 2]}))
 

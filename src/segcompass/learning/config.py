@@ -181,6 +181,9 @@ def _explain(error: Any, raw: dict[str, Any], kind: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{where} is missing"
+    if error["type"] == "value_error" and isinstance(error["input"], dict):
+        # Of a whole section: the message names the settings, to print all of them would bury it.
+        return ": ".join(filter(None, (where, str(error["ctx"]["error"]))))
     if error["type"] not in UNKNOWN_KEY:
         return f"{where}: {error['msg']}, got {reprlib.repr(error['input'])}"
     *section, key = error["loc"]

@@ -154,6 +154,8 @@ def _differences(config: RunConfig, folder: Path, model: ModelConfig) -> Iterato
 def _unlike_policy(asked: PolicySource, folder: Path, model: ModelConfig) -> Iterator[_Difference]:
     if "source" in asked.model_fields_set and asked.source != "scratch":
         wanted, there = _backbone(asked.source), _backbone(folder)
+        if wanted is None and Path(asked.source).exists():
+            yield "policy.source", f"{asked.source} (no policy)", f"a {there}"
         if wanted is not None and there is not None and wanted != there:
             yield "policy.source", f"{asked.source} ({wanted})", f"a {there}"
     if "use" in asked.model_fields_set:

@@ -45,7 +45,7 @@ class TokenRows(nn.Module):
 
     @property
     def written(self) -> nn.Parameter:
-        """The rows that logits are made with; the same as those that are read where tables are."""
+        """The rows that logits are made with; tied tables have one set for both."""
         return self.embed if self.lm_head is None else self.lm_head
 
     def _reads(self, _module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
