@@ -21,6 +21,7 @@ COLUMNS = (
     "format_valid",
     "reasoning_target_accuracy",
 )
+ALONG = ("giou", "giou_target", "n_acc", "t_acc")
 KINDS = ("discriminative", "spatial", "geometric", "multi-step", "commonsense")
 
 
@@ -37,7 +38,7 @@ def with_interval(figures: dict[str, Any], name: str) -> str:
 
 
 def main(folders: list[str]) -> None:
-    """Print one table of figures and one of gIoU by kind of question."""
+    """Print a table of figures, gIoU by kind of question, and what each path carries."""
     runs = {Path(f).name: json.loads((Path(f) / "metrics.json").read_text()) for f in folders}
     print("| run | samples | " + " | ".join(COLUMNS) + " |")
     print("|---|---:|" + "---:|" * len(COLUMNS))
@@ -49,6 +50,18 @@ def main(folders: list[str]) -> None:
     for name, figures in runs.items():
         kinds = figures["by_kind"]
         print(f"| {name} | " + " | ".join(number(kinds.get(kind)) for kind in KINDS) + " |")
+    paths = {f"{name}: {path}": f for name, run in runs.items() for path, f in along(run).items()}
+    if paths:
+        print("\n| slot queries from | " + " | ".join(ALONG) + " |")
+        print("|---|" + "---:|" * len(ALONG))
+    for name, figures in paths.items():
+        print(f"| {name} | " + " | ".join(number(figures[column]) for column in ALONG) + " |")
+
+
+def along(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Both paths, and each alone; nothing where that was not measured."""
+    alone: dict[str, dict[str, Any]] = figures.get("by_path") or {}
+    return {"both": figures, **alone} if alone else {}
 
 
 if __name__ == "__main__":

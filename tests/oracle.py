@@ -75,6 +75,12 @@ class Oracle:
         answers = [self.answer(*pair) for pair in zip(images, instructions, strict=True)]
         return [replace(answer, threshold=options["threshold"]) for answer in answers]
 
+    def predict_paths(self, *given: Any, **options: Any) -> dict[str, list[Prediction]]:
+        """Concepts do it all; the tokens alone find nothing."""
+        both = self.predict_batch(*given, **options)
+        nothing = [prediction(None, p.instruction, threshold=p.threshold) for p in both]
+        return {"both": both, "concepts": both, "tokens": nothing}
+
     def answer(self, image: np.ndarray, instruction: str) -> Prediction:
         index = int(image[0, 0, 0])
         found = bool(self.samples[index].targets) and instruction == f"question {index}"

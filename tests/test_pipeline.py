@@ -126,6 +126,19 @@ def test_a_batch_gives_what_its_rows_give_alone(model: SegCompass) -> None:
         assert_same(together[i], alone, tolerance=1e-3)
 
 
+def test_each_path_makes_of_a_thought_what_it_makes_alone(model: SegCompass) -> None:
+    images, asked = [picture(37, 61, 1), picture(64, 48, 2)], ["the mug", "the red hat"]
+    found = model.predict_paths(images, asked, threshold=0.0)
+    assert set(found) == {"both", "tokens", "concepts"}
+    for paths, made in found.items():
+        alone = model.predict_batch(images, asked, threshold=0.0, paths=paths)
+        for one, other in zip(made, alone, strict=True):
+            assert one.paths == paths
+            assert_same(one, other)
+    first, second = found["tokens"][0], found["concepts"][0]
+    assert not np.array_equal(first.low_res_logits, second.low_res_logits)
+
+
 def test_greedy_predictions_repeat_exactly(model: SegCompass) -> None:
     torch.manual_seed(1)
     first = model.predict(picture(50, 40), "the mug")

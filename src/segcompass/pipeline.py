@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,18 @@ from segcompass.reasoning.backbones import VisualInput
 from segcompass.reasoning.policy import Generation, Policy
 from segcompass.reasoning.streaming import OnText
 from segcompass.types import Prediction, TokenKind
+
+
+class _Reasoned(NamedTuple):
+    """A batch half-way: what was said and seen, before anything is segmented."""
+
+    pictures: list[np.ndarray]
+    instructions: list[str]
+    visuals: list[VisualInput]
+    generation: Generation
+    keys: Tensor  # [B, C, h, w]
+    frames: list[Frame]
+    laps: dict[str, float]  # seconds of the batch, by stage
 
 
 class SegCompass(nn.Module):
@@ -118,6 +130,30 @@ class SegCompass(nn.Module):
             ValueError: if an instruction is empty or too long, the counts differ, a setting is out
                 of range, or one path is asked for where the interface has no two.
         """
+        cut = self._checked(threshold, paths)
+        told = self._reason(images, instructions, force_format, max_new_tokens, on_text)
+        return self._segment(told, cut, paths)
+
+    @torch.inference_mode()
+    def predict_paths(
+        self,
+        images: Sequence[ImageSource],
+        instructions: Sequence[str],
+        *,
+        force_format: bool = True,
+        threshold: float | None = None,
+    ) -> dict[str, list[Prediction]]:
+        """As :meth:`predict_batch`, by ``paths``: one thought, and what each path makes of it.
+
+        An interface without concepts of its own has "both" alone.
+        """
+        cut = self._checked(threshold, "both")
+        told = self._reason(images, instructions, force_format)
+        names = PATHS if self.interface.has_concepts else ["both"]
+        return {paths: self._segment(told, cut, paths) for paths in names}
+
+    def _checked(self, threshold: float | None, paths: str) -> float:
+        """The threshold that counts."""
         cut = self.threshold if threshold is None else threshold
         if not 0 <= cut <= 1 or paths not in PATHS:
             raise ValueError(f"want a threshold in [0, 1] and one of {[*PATHS]}: {cut}, {paths!r}")
@@ -127,12 +163,23 @@ class SegCompass(nn.Module):
                 "concepts that could be cut off or kept; leave it at 'both', or take a model of "
                 "the interface concept_slots"
             )
+        return cut
+
+    def _reason(
+        self,
+        images: Sequence[ImageSource],
+        instructions: Sequence[str],
+        force_format: bool,
+        max_new_tokens: int | None = None,
+        on_text: OnText | None = None,
+    ) -> _Reasoned:
+        """From pictures and instructions to thoughts and image keys (Eq. 1)."""
         clock = Clock()
         pictures = [load_image(image) for image in images]
         visuals = [self.policy.backbone.prepare(picture) for picture in pictures]
         clock.lap("loading")
 
-        reasoning = self.policy.generate(
+        generation = self.policy.generate(
             visuals,
             instructions,
             force_form=force_format,
@@ -145,38 +192,37 @@ class SegCompass(nn.Module):
         pixels, frames = self.encoder.preprocess(pictures)
         keys = self.encoder(pixels)
         clock.lap("image keys")
+        asked = list(instructions)
+        return _Reasoned(pictures, asked, visuals, generation, keys, frames, clock.laps)
 
+    def _segment(self, told: _Reasoned, threshold: float, paths: str) -> list[Prediction]:
+        """From states and image keys to masks (Eq. 2 to 5)."""
+        clock = Clock()
         alignment = self.interface.align(
-            reasoning.states,
-            keys,
-            frames=frames,
-            answers=reasoning.answers,
+            told.generation.states,
+            told.keys,
+            frames=told.frames,
+            answers=told.generation.answers,
             need_attention=True,
             gates=torch.tensor([PATHS[paths]], device=self.policy.model.device),
         )
         clock.lap("concepts and slots")
 
-        low_res = self.interface.decode(keys, alignment, frames=frames)
+        low_res = self.interface.decode(told.keys, alignment, frames=told.frames)
         clock.lap("masks")
 
-        timings = {stage: seconds / len(pictures) for stage, seconds in clock.laps.items()}
+        laps = told.laps | clock.laps
+        timings = {stage: seconds / len(told.pictures) for stage, seconds in laps.items()}
         predictions = [
-            self._prediction(
-                i, pictures[i], instructions[i], visuals[i], frames[i],
-                reasoning, alignment, low_res, cut, paths, timings,
-            )
-            for i in range(len(pictures))
-        ]  # fmt: skip
-        return self.interface.conclude(predictions, keys, frames)
+            self._prediction(told, i, alignment, low_res, threshold, paths, timings)
+            for i in range(len(told.pictures))
+        ]
+        return self.interface.conclude(predictions, told.keys, told.frames)
 
     def _prediction(
         self,
+        told: _Reasoned,
         i: int,
-        picture: np.ndarray,
-        instruction: str,
-        visual: VisualInput,
-        frame: Frame,
-        reasoning: Generation,
         alignment: Alignment,
         low_res: Tensor,
         threshold: float,
@@ -184,19 +230,20 @@ class SegCompass(nn.Module):
         timings: dict[str, float],
     ) -> Prediction:
         """Everything about row ``i`` of the batch, on the host."""
-        answer, states = reasoning.answers[i], reasoning.states
+        written, visual, frame = told.generation, told.visuals[i], told.frames[i]
+        answer, states = written.answers[i], written.states
         real = states.token_kinds[i] != TokenKind.PADDING
-        tokens, seen = states.concentration_states[i], reasoning.image_attention
+        tokens, seen = states.concentration_states[i], written.image_attention
         looks = None if seen is None else seen[i].view(len(seen[i]), *visual.grid)
         return Prediction(
             **read_out(
                 alignment, low_res, i, frame=frame, status=answer.status, threshold=threshold
             ),
             **read_tokens(alignment, states.token_kinds, i),
-            instruction=instruction,
-            text=reasoning.texts[i],
+            instruction=told.instructions[i],
+            text=written.texts[i],
             reasoning=answer.thought,
-            image_rgb=picture,
+            image_rgb=told.pictures[i],
             concentration_states=to_numpy(tokens) if len(tokens) else None,
             tokens=tuple(self.policy.token_texts(states.token_ids[i][real].tolist())),
             token_kinds=to_numpy(states.token_kinds[i][real]),

@@ -21,6 +21,7 @@ from segcompass.data.scenes.grammar import closing
 from segcompass.evaluation import splits
 from segcompass.evaluation.benchmark import evaluate
 from segcompass.evaluation.controls import CONTROLS, pose
+from segcompass.evaluation.scoring import PairScore
 from segcompass.io import masks
 from segcompass.io.errors import DataError, ImageError
 from segcompass.learning.engine.distributed import start
@@ -203,12 +204,37 @@ def test_the_model_is_told_which_paths_to_take(
     model, out = Oracle(samples), tmp_path / "out"
     given = {} if paths == "both" else {"paths": paths}
     figures = evaluate(model, tmp_path, "val", out=out, batch_size=4, force_format=True, **given)
-    assert model.options == [{"force_format": True, "threshold": 0.5, "paths": paths}] * 2
+    assert model.options == [{"force_format": True, "threshold": 0.5} | given] * 2
     assert figures["paths"] == paths
     assert json.loads((out / "run.json").read_text())["paths"] == paths
     other = "concepts" if paths == "tokens" else "tokens"
     with pytest.raises(DataError, match="another paths"):
         evaluate(model, tmp_path, "val", out=out, force_format=True, paths=other)
+
+
+def test_each_path_is_measured_alone_on_the_same_thoughts(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    """The oracle's concepts do it all; its tokens find nothing, right for two of the six."""
+    out = tmp_path / "out"
+    figures = evaluate(Oracle(samples), tmp_path, "val", out=out)
+    right = dict.fromkeys(("giou", "giou_target", "ciou", "n_acc", "t_acc"), 1.0)
+    nothing = {"giou": 2 / 6, "giou_target": 0, "ciou": 0, "n_acc": 1, "t_acc": 0}
+    assert figures["by_path"] == {"concepts": right, "tokens": nothing}
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert rows[0]["paths"] == {"concepts": [16, 16], "tokens": [0, 16]}
+    assert rows[2]["paths"] == {"concepts": [0, 0], "tokens": [0, 0]}
+    again = Oracle(samples)  # from the rows
+    assert evaluate(again, tmp_path, "val", out=out)["by_path"] == figures["by_path"]
+    assert not again.batches
+    alone = evaluate(Oracle(samples), tmp_path, "val", paths="tokens")
+    assert alone["by_path"] == {}
+
+
+def test_a_malformed_answer_is_wrong_along_every_path() -> None:
+    broken = PairScore("x", 0, 9, 0.0, False, False, Status.MALFORMED, paths={"tokens": (0, 9)})
+    assert not broken.along("tokens").presence_correct
+    assert broken.along("tokens").iou == 0
 
 
 def test_another_threshold_is_another_answer(samples: list[Sample], tmp_path: Path) -> None:

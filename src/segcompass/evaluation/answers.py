@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Answer:
     thought: str | None = None  # None: there is none to judge
     seconds: float | None = None
     weighed: Weighed | None = None  # against what it was chosen from
+    alone: Mapping[str, Answer] = field(default_factory=dict)  # along one path, by its name
 
     @classmethod
     def of(cls, prediction: Prediction, weighed: Weighed | None = None) -> Answer:
@@ -124,7 +125,7 @@ def judge_answer(sample: Sample, answer: Answer) -> PairScore:
     Raises:
         ValueError: a mask has another size than the picture.
     """
-    return score_sample(
+    score = score_sample(
         sample,
         answer.slots,
         answer.confidences,
@@ -132,6 +133,9 @@ def judge_answer(sample: Sample, answer: Answer) -> PairScore:
         status=answer.status,
         reasoning_correct=_names_the_targets(sample, answer),
     )
+    alone = {name: judge_answer(sample, other) for name, other in answer.alone.items()}
+    paths = {name: (other.intersection, other.union) for name, other in alone.items()}
+    return replace(score, paths=paths)
 
 
 def row_details(question: Question, answer: Answer) -> dict[str, Any]:

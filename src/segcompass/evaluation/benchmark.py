@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +60,16 @@ class Model(Protocol):
     ) -> list[Prediction]:
         """Answer a batch, greedily."""
 
+    def predict_paths(
+        self,
+        images: Sequence[Any],
+        instructions: Sequence[str],
+        *,
+        force_format: bool,
+        threshold: float,
+    ) -> dict[str, list[Prediction]]:
+        """The same answers as "both", and what each path alone makes of the same thoughts."""
+
 
 class Answerer(Protocol):
     """Whoever gives the answers: a model, someone else's model, a file of predictions."""
@@ -104,7 +114,8 @@ def evaluate(
             "shuffle-images" every question another picture. Both are scored on the sample's own
             target: a model that looks and reads must fail.
         force_format: hold the answer to its form.
-        paths: what the slot queries are made of: tokens, concepts, or both.
+        paths: what the slot queries are made of: tokens, concepts, or both; with both, each path
+            is also measured alone, on the same thoughts.
         threshold: confidence above which a mask counts; None takes the model's.
         skip_broken: name the samples that cannot be read or judged, and judge the rest.
         progress: called with (samples done, samples in all).
@@ -214,16 +225,20 @@ class _Greedy:
         }
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        predictions = self.model.predict_batch(
-            [question.picture() for question in questions],
-            [question.instruction for question in questions],
-            force_format=self.force_format,
-            threshold=self.threshold,
-            paths=self.paths,
-        )
-        return [
+        asked = [q.picture() for q in questions], [q.instruction for q in questions]
+        how: dict[str, Any] = {"force_format": self.force_format, "threshold": self.threshold}
+        if self.paths == "both":
+            alone = self.model.predict_paths(*asked, **how)
+            predictions = alone.pop("both")
+        else:
+            predictions, alone = self.model.predict_batch(*asked, paths=self.paths, **how), {}
+        answers = [
             Answer.of(p, None if p.candidates is None else weigh(p, question.sample))
             for question, p in zip(questions, predictions, strict=True)
+        ]
+        return [
+            replace(answer, alone={path: Answer.of(found[i]) for path, found in alone.items()})
+            for i, answer in enumerate(answers)
         ]
 
 

@@ -16,6 +16,7 @@ from segcompass.evaluation.detection import Pool, average_precision, pool_detect
 from segcompass.evaluation.scoring import PairScore
 
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
+BY_PATH = ("giou", "giou_target", "ciou", "n_acc", "t_acc")
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 RESAMPLING_CELLS = 200_000  # resamples x samples (or detections) held in memory at a time
@@ -49,8 +50,9 @@ class Metrics:
             samples, giou, ciou, giou_target (mean IoU over samples that have a target), n_acc,
             t_acc, ap, ap50, ap75, format_valid, reasoning_target_accuracy, by_kind (giou_target of
             every kind), by_targets, by_size, by_words (giou, ciou, samples of every bin),
-            pr@0.5 … pr@0.9 (over samples that have a target), and intervals: 95 % percentile
-            bootstrap, [low, high] each.
+            by_path (giou, giou_target, ciou, n_acc, t_acc of each path alone, where all were
+            measured so), pr@0.5 … pr@0.9 (over samples that have a target), and intervals: 95 %
+            percentile bootstrap, [low, high] each.
         """
         columns, pool = self._columns(), self._pool()
         once = np.ones((1, len(self.scores)), dtype=np.int64)
@@ -64,6 +66,7 @@ class Metrics:
             ),
             "by_kind": self._by_kind(),
             **break_down(self.scores),
+            "by_path": self._by_path(),
             **{f"pr@{t}": _mean([iou >= t for iou in target_ious]) for t in PRECISION_AT},
             "intervals": _intervals(columns, pool, self._numbers(), seed, resamples),
         }
@@ -72,6 +75,14 @@ class Metrics:
         kinds = sorted({s.kind for s in self.scores if s.kind is not None})
         return {
             k: _mean([s.iou for s in self.scores if s.kind == k and s.has_target]) for k in kinds
+        }
+
+    def _by_path(self) -> dict[str, dict[str, float | None]]:
+        paths = set.intersection(*(set(s.paths) for s in self.scores)) if self.scores else set()
+        return {
+            path: {name: found[name] for name in BY_PATH}
+            for path in sorted(paths)
+            for found in [Metrics([s.along(path) for s in self.scores]).result(resamples=0)]
         }
 
     def _columns(self) -> Float[np.ndarray, "n 8"]:

@@ -9,7 +9,7 @@ correct "nothing matches". docs/evaluation.md states every convention.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,8 @@ class PairScore:
     # of the 100 most confident slots, in that order: bit t is set where the slot matched a target
     # at IoU 0.50 + 0.05 t
     detections: tuple[int, ...] = ()
+    # (intersection, union) of the same thought along one path alone, by the path's name
+    paths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def well_formed(self) -> bool:
@@ -88,6 +90,25 @@ class PairScore:
             status=Status.OK if count else Status.NO_TARGET,
         )
 
+    def along(self, path: str) -> PairScore:
+        """The score of the same thought with masks of one path alone; not for average precision.
+
+        Raises:
+            KeyError: the path was not measured.
+        """
+        intersection, union = self.paths[path]
+        return replace(
+            self,
+            intersection=intersection,
+            union=union,
+            iou=_iou(intersection, union, self.well_formed),
+            predicted_any=self.well_formed and (intersection, union) != self.prefixes[0],
+            confidences=(),
+            prefixes=(),
+            detections=(),
+            paths={},
+        )
+
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> PairScore:
         """Read a score back from its JSON object; keys that are no field are passed over.
@@ -95,11 +116,14 @@ class PairScore:
         Raises:
             TypeError, ValueError, KeyError: the object is no score.
         """
-        known = {field.name: row[field.name] for field in fields(cls) if field.name in row}
+        names = [one.name for one in fields(cls)]
+        known = {name: row[name] for name in names if name in row}
         known["status"] = Status(known["status"])
         for name in ("confidences", "detections"):
             known[name] = tuple(known.get(name, ()))
         known["prefixes"] = tuple((int(i), int(u)) for i, u in known.get("prefixes", ()))
+        paths = known.get("paths", {})
+        known["paths"] = {name: (int(i), int(u)) for name, (i, u) in paths.items()}
         return cls(**known)
 
 
