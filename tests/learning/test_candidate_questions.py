@@ -157,3 +157,8 @@ def test_one_rank_goes_on_where_two_were_killed(
     path.write_text(path.read_text().replace(samples[2].sample_id, "another"))
     with pytest.raises(ConfigError, match="of other samples"):
         find(tiny_model, scenes_root, tmp_path)
+    whole = path.read_text()
+    for damage, problem in (('{"index": 7', "delimiter"), ("[7]", "without has_direct, index")):
+        path.write_text(whole + damage + "\n")
+        with pytest.raises(ConfigError, match=f"{path} holds a line that is .*{problem}.*delete"):
+            find(tiny_model, scenes_root, tmp_path)

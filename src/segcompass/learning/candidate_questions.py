@@ -127,8 +127,8 @@ def _join(path: Path, origin: str) -> None:
             "or set another `run` folder"
         )
     parts = sorted(path.parent.glob(PARTS))
-    lines = [*known, *(line for part in parts for line in _whole_lines(part))]
-    rows = {json.loads(line)["index"]: line for line in lines}
+    lines = {path: known, **{part: _whole_lines(part) for part in parts}}
+    rows = {_parse(file, line)["index"]: line for file in lines for line in lines[file]}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(f"{line}\n" for line in [origin, *(rows[i] for i in sorted(rows))]))
     for part in parts:
@@ -137,7 +137,7 @@ def _join(path: Path, origin: str) -> None:
 
 def _rows(path: Path, samples: Sequence[Sample]) -> dict[int, dict[str, Any]]:
     """Rows by their sample's number; raises ConfigError where they are of other samples."""
-    rows = {row["index"]: row for row in map(json.loads, _whole_lines(path)[1:])}
+    rows = {row["index"]: row for row in (_parse(path, line) for line in _whole_lines(path)[1:])}
     names = {i: sample.sample_id for i, sample in enumerate(samples)}
     if any(names.get(i) != row["sample"] for i, row in rows.items()):
         raise ConfigError(
@@ -145,6 +145,20 @@ def _rows(path: Path, samples: Sequence[Sample]) -> dict[int, dict[str, Any]]:
             "`run` folder"
         )
     return rows
+
+
+def _parse(path: Path, line: str) -> dict[str, Any]:
+    """A row; raises ConfigError where the line is none."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+        if missing := {"index", "sample", "masks", "scores", "has_direct"} - set(row):
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} holds a line that is no row of candidates ({error}); delete {path.parent}, "
+            "or set another `run` folder"
+        ) from error
+    return row
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -26,6 +26,7 @@ from segcompass.grounding.segmenters import as_sam, load_segmenter
 from segcompass.interfaces.registry import find
 from segcompass.io.checkpoints import replace_folder
 from segcompass.io.errors import ConfigError
+from segcompass.io.files import write_whole
 from segcompass.io.progress import progress
 from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig, load_config
@@ -89,7 +90,7 @@ def run(stage: str, config_path: Path, overrides: list[str], resume: bool) -> No
         if world.is_main:
             config.run.mkdir(parents=True, exist_ok=True)
             text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)
-            (config.run / "config.json").write_text(text + "\n")
+            write_whole(config.run / "config.json", text + "\n")
             write_data(config)
             check_data(config, ahead)
         world.barrier()

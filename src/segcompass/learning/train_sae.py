@@ -19,6 +19,7 @@ import torch
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
 from segcompass.data.documents import DocumentSet
+from segcompass.io.files import write_whole
 from segcompass.learning.activations.cache import ActivationCache, Tokens
 from segcompass.learning.activations.sae_loop import SaeLoop, input_scale, new_sae
 from segcompass.learning.activations.sae_report import as_table, measure_fidelity
@@ -77,7 +78,7 @@ def train_sae(
             "latents": stage.latents,
             "l1": stage.l1,
         }
-        (folder / REPORT).write_text(json.dumps({**report, **facts}, indent=2) + "\n")
+        write_whole(folder / REPORT, json.dumps({**report, **facts}, indent=2) + "\n")
         print(as_table({**report, **facts}), file=sys.stderr)
     return sae
 
