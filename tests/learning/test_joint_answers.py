@@ -187,6 +187,17 @@ def test_a_batch_without_any_whole_answer_still_trains(
     assert not any(reached(step.interface).values())
 
 
+def test_questions_that_nothing_matches_are_asked_more_often(
+    joint: Callable[..., JointStep],
+) -> None:
+    once = [s.sample_id for s in joint(every=True).samples]
+    step = joint(every=True, no_target_repeats=3)
+    asked = [s.sample_id for s in step.samples]
+    assert len(set(once)) == len(once) < len(asked)
+    for sample in step.samples:
+        assert asked.count(sample.sample_id) == (1 if sample.targets else 3)
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.47, 1.0])
 def test_rewards_are_those_of_each_answer_alone(
     threshold: float, joint: Callable[..., JointStep]

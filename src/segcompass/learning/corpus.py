@@ -54,6 +54,11 @@ def read_samples(
     return found
 
 
+def repeated(samples: Iterable[Sample], no_target: int) -> list[Sample]:
+    """What an epoch asks: every question once, one that nothing matches ``no_target`` times."""
+    return [s for s in samples for _ in range(1 if s.targets else no_target)]
+
+
 def read_pictures(data: DataConfig) -> list[ImageRecord]:
     """The configured training pictures with all their things (scenes only)."""
     return read_images(data.root, data.split)[: data.limit]

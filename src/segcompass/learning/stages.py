@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -15,6 +15,10 @@ from segcompass.learning.object_rewards import ObjectRewardConfig
 from segcompass.learning.rewards import RewardConfig
 from segcompass.learning.rollouts import RolloutConfig
 from segcompass.learning.watching.symptoms import HealthConfig
+
+Repeats = Annotated[
+    int, Field(ge=1, description="how often an epoch asks each question that nothing matches")
+]
 
 
 class SegmenterStage(OptimizerConfig, frozen=True):
@@ -33,9 +37,7 @@ class LanguageStage(OptimizerConfig, frozen=True):
     """Questions and oracle answers, by cross-entropy over the answer."""
 
     train_vision: bool = Field(False, description="else image features are computed once")
-    no_target_repeats: int = Field(
-        1, ge=1, description="how often an epoch asks each question that nothing matches"
-    )
+    no_target_repeats: Repeats = 1
     group: int = Field(16, ge=1, description="batches that are sorted by length together")
 
 
@@ -207,6 +209,7 @@ class JointStage(OptimizerConfig, frozen=True):
     drop_concepts: float = Field(0.0, ge=0, le=1, description="share made of tokens alone")
     group: int = Field(16, ge=1, description="batches that are sorted by length together")
     samples: int | None = Field(None, ge=1, description="only the first so many samples")
+    no_target_repeats: Repeats = 1
     train_upper_layers: bool = Field(True, description="the policy's layers after the SAE layer")
     train_lower_layers: bool = Field(
         False, description="those up to it too; what the SAE reads then drifts away from it"

@@ -26,7 +26,7 @@ from segcompass.interfaces.base import Interface
 from segcompass.learning.answers import Answers
 from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig
-from segcompass.learning.corpus import encode_answers
+from segcompass.learning.corpus import encode_answers, repeated
 from segcompass.learning.engine import reference
 from segcompass.learning.engine.distributed import World, split
 from segcompass.learning.engine.freezing import freeze, frozen_copy
@@ -117,7 +117,7 @@ class JointStep:
         place = self.place if stage.place_weight > 0 else None
         self.teacher: Teacher = teacher_of(policy, encoder, interface, stage, place)
         samples = training_samples(config.data, policy.prompt, config.run)
-        self.samples = samples[: stage.samples]
+        self.samples = repeated(samples[: stage.samples], stage.no_target_repeats)
         self.lengths = [len(s.thought or "") + len(s.instruction) for s in self.samples]
         paths = [s.image_path for s in self.samples]
         self.pictures = PictureMemo(policy, encoder, paths, config.data.features)

@@ -8,7 +8,7 @@ words that depend on the picture are too few to learn from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from segcompass.learning.corpus import (
     dense_targets,
     encode_answers,
     read_pictures,
+    repeated,
     seen_memo,
     stack_targets,
     visual_memo,
@@ -105,7 +106,7 @@ def train_vision(policy: Policy, config: RunConfig, stage: VisionStage, folder: 
 def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, folder: Path) -> None:
     """Train the language model on questions and oracle answers."""
     known = training_samples(config.data, policy.prompt, config.run)
-    samples = taught(known, stage)
+    samples = repeated([s for s in known if s.thought], stage.no_target_repeats)
     visuals, features = _pictures(policy, samples, stage)
     policy.backbone.vision.requires_grad_(stage.train_vision)
     observers = stage_observers(config, folder)
@@ -127,12 +128,6 @@ def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, fold
 
     loop.run(losses)
     policy.backbone.vision.requires_grad_(True)
-
-
-def taught(samples: Iterable[Sample], stage: LanguageStage) -> list[Sample]:
-    """What an epoch asks: questions with an oracle's answer, some of them more than once."""
-    answered = [s for s in samples if s.thought]
-    return [s for s in answered for _ in range(1 if s.targets else stage.no_target_repeats)]
 
 
 def _pictures(
