@@ -179,21 +179,13 @@ def test_a_damaged_image_processor_is_named(tmp_path: Path) -> None:
 def test_shipped_configs_that_go_on_from_nano_keep_its_parts(tmp_path: Path) -> None:
     """Ablations name nano's own config beside their start: `scratch`, and how it is used."""
     configs = Path(__file__).parents[2] / "configs"
-    seen = 0
+    found = [load_config(configs / "nano-rl.yaml")]
     for path in sorted(configs.glob("ablations/*.yaml")):
         raw = read_settings(path)
         experiment = Experiment.model_validate({**raw, "config": configs / "nano.yaml"})
-        for name in experiment.arms:
-            config = RunConfig.model_validate(experiment.settings(name, 0))
-            if config.train_joint.start is not None:
-                joint = config.train_joint.model_copy(update={"start": Path("nano")})
-                check_start(config.model_copy(update={"train_joint": joint}))
-                seen += 1
-    assert seen > 5
-    config = load_config(configs / "nano-rl.yaml")
-    start = configs.parent / config.train_joint.start if config.train_joint.start else None
-    check_start(
-        config.model_copy(
-            update={"train_joint": config.train_joint.model_copy(update={"start": start})}
-        )
-    )
+        found += [RunConfig.model_validate(experiment.settings(n, 0)) for n in experiment.arms]
+    starting = [config for config in found if config.train_joint.start is not None]
+    assert len(starting) > 5
+    for config in starting:
+        joint = config.train_joint.model_copy(update={"start": Path("nano")})
+        check_start(config.model_copy(update={"train_joint": joint}))
