@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,9 +74,7 @@ def shortened(options: argparse.Namespace) -> list[str]:
     if options.seeds:
         changes.append(f"seeds={options.seeds}")
     if options.steps is not None:
-        told = spec.get("common", {}).get("train_joint", {}).get("oracle_steps", 0)
-        changes.append(f"common.train_joint.steps={options.steps}")
-        changes.append(f"common.train_joint.oracle_steps={min(told, options.steps)}")
+        changes += _fewer_steps(spec, options.steps)
         out += f"-steps{options.steps}"
     if options.limit is not None:
         changes.append(f"eval.limit={options.limit}")
@@ -85,6 +84,21 @@ def shortened(options: argparse.Namespace) -> list[str]:
         changes.append(f"{start}={options.model}")
         out += f"-{options.model.name}"
     return [*changes, f"out={out}"]
+
+
+def _fewer_steps(spec: dict[str, Any], steps: int) -> list[str]:
+    """The joint stage of all arms in so many steps, as large a share of them on given answers."""
+    common = spec.get("common", {}).get("train_joint", {})
+    arms = {f"arms.{name}": arm.get("train_joint", {}) for name, arm in spec["arms"].items()}
+    changes = []
+    for where, joint in {"common": common, **arms}.items():
+        if where == "common" or "steps" in joint:
+            changes.append(f"{where}.train_joint.steps={steps}")
+        if told := joint.get("oracle_steps"):
+            whole = joint.get("steps", common.get("steps", told))
+            share = min(math.ceil(told * steps / whole), steps)
+            changes.append(f"{where}.train_joint.oracle_steps={share}")
+    return changes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -37,9 +37,16 @@ def with_interval(figures: dict[str, Any], name: str) -> str:
     return text if interval is None else f"{text} ({interval[0]:.3f}–{interval[1]:.3f})"
 
 
+def name_of(run: Path) -> str:
+    """What a run is called: the judged arm of an experiment as its folder, not as `eval` in it."""
+    return run.resolve().parent.name if run.name == "eval" else run.name
+
+
 def main(folders: list[str]) -> None:
     """Print a table of figures, gIoU by kind of question, and what each path carries."""
-    runs = {Path(f).name: json.loads((Path(f) / "metrics.json").read_text()) for f in folders}
+    runs = {name_of(Path(f)): json.loads((Path(f) / "metrics.json").read_text()) for f in folders}
+    if len(runs) < len(folders):
+        raise SystemExit(f"two folders of one name among {', '.join(folders)}; print them apart")
     print("| run | samples | " + " | ".join(COLUMNS) + " |")
     print("|---|---:|" + "---:|" * len(COLUMNS))
     for name, figures in runs.items():

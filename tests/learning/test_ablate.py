@@ -53,16 +53,25 @@ def write_spec(tmp_path: Path, data: Path) -> Path:
 
 def test_options_change_the_file_and_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
-    path.write_text("out: o\ncommon: {train_joint: {oracle_steps: 9}}\n")
+    path.write_text("out: o\ncommon: {train_joint: {steps: 30, oracle_steps: 9}}\narms: {a: {}}\n")
     options = argparse.Namespace(
         file=path, seeds=[4, 5], steps=3, limit=None, model=Path("models/best")
     )
     assert ablate.shortened(options) == [
         "seeds=[4, 5]",
         "common.train_joint.steps=3",
-        "common.train_joint.oracle_steps=3",
+        "common.train_joint.oracle_steps=1",
         "common.train_joint.start=models/best",
         "out=o-steps3-best",
+    ]
+    arms = "{early: {train_joint: {oracle_steps: 10}}, long: {train_joint: {steps: 80}}, all: {}}"
+    path.write_text(f"out: o\ncommon: {{train_joint: {{steps: 40}}}}\narms: {arms}\n")
+    options = argparse.Namespace(file=path, seeds=None, steps=20, limit=None, model=None)
+    assert ablate.shortened(options) == [
+        "common.train_joint.steps=20",
+        "arms.early.train_joint.oracle_steps=5",
+        "arms.long.train_joint.steps=20",
+        "out=o-steps20",
     ]
     path.write_text("out: o\nfrom: runs/nano\n")
     options = argparse.Namespace(file=path, seeds=None, steps=None, limit=7, model=Path("best"))
