@@ -78,8 +78,7 @@ def test_broken_masks_are_found_and_the_rest_is_read(root: Path, case: str) -> N
     named: list[str] = []
     write_pickle(root, [reference(1, 11), reference(2, 12)])
     samples = read_dataset(root, "val", on_broken=lambda name, error: named.append(name))
-    damaged = sort == "broken mask" and case != "too few runs"  # decoding tells of these
-    assert named == (["1"] if damaged else [])
+    assert named == (["1"] if sort == "broken mask" else [])
     assert {s.target_ids for s in samples} >= {(12,)}
 
 
@@ -245,6 +244,31 @@ def test_reasonseg_problems(tmp_path: Path) -> None:
     samples = read_dataset(tmp_path, "val", on_broken=lambda name, _: named.append(name))
     assert sorted(named) == ["c", "d", "e", "f", "g", "h", "i"]
     assert [s.sample_id for s in samples] == ["a-0", "b-0"]  # outside points are cut off
+
+
+def test_reasonseg_oddities_do_not_stop_the_look(tmp_path: Path) -> None:
+    remark = {"label": "Flag", "points": 3}
+    add(tmp_path, "a", {"text": ["x"], "shapes": [remark]})
+    add(tmp_path, "b", shapes(["1", "2"], ["3", "90"]))  # type: ignore[list-item]
+    add(tmp_path, "c", {"text": ["x", " "]})
+    add(tmp_path, "d", {"text": ["x"]}).unlink()
+    (tmp_path / "val" / "d.json").mkdir()
+    add(tmp_path, "e", shapes([10**400, 1], [3, 1], [3, 3]))
+    assert sorted(found(check_dataset(tmp_path)), key=lambda f: f[1]) == [
+        ("mask off the image", "b"),
+        ("broken entry", "c"),
+        ("unreadable file", "d"),
+        ("broken mask", "e"),
+    ]
+    named: list[str] = []
+    read_dataset(tmp_path, "val", on_broken=lambda name, _: named.append(name))
+    assert named == ["d", "e"]
+
+
+def test_tables_that_are_a_folder_are_named(root: Path) -> None:
+    (root / "instances.json").unlink()
+    (root / "instances.json").mkdir()
+    assert check_dataset(root).counts == {"unreadable file": 1}
 
 
 def test_zipped_sets_are_read_and_checked(tmp_path: Path, root: Path) -> None:

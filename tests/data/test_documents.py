@@ -168,6 +168,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "upwards in the middle": (row(("pictures/../../secret.png",)), "lies outside"),
     "a link out": (row(("link.png",)), "lies outside"),
     "NUL": (row(("a\0b.png",)), "lies outside"),
+    "half a name": (b'{"texts": [null], "images": ["\\ud800.png"]}', "lies outside"),
     "too large": (row(("large.png",)), "more than the 100 allowed"),
     "an endless line": (b'{"texts": ["' + b"a" * 5000 + b'"], "images": [null]}', "4,000 bytes"),
 }

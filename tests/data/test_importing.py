@@ -213,6 +213,86 @@ def test_pictures_of_one_name_are_kept_apart(tmp_path: Path) -> None:
     assert sorted(s.image_path.name for s in samples) == ["a-2.png", "a.png"]
 
 
+def test_rows_about_pictures_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    source = tmp_path / "labelme"
+    labelme(source, "a", shape("cup", (2, 3), (8, 3), (8, 9)))
+    labelme(source / "more", "a", shape("jug", (2, 3), (8, 3), (8, 9)))
+    path = table(tmp_path, "image,instruction\na.png,the first\nmore/a.png,the second\n")
+    samples, broken = bring(source, instructions=path)
+    asked = {s.instruction: s.image_path.name for s in samples}
+    assert asked == {"the first": "a.png", "the second": "a-2.png"}
+    assert broken == ["more/a.png"]  # its rows may be among the first one's
+
+
+def test_a_labelme_folder_is_not_left_from_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "labelme"
+    square = shape("cup", (2, 3), (8, 3), (8, 9))
+    labelme(source, "a", square, imagePath="../secret.png").with_suffix(".png").unlink()
+    labelme(source / "deep", "b", square, imagePath="../deep/b.png")
+    Image.new("RGB", SIZE[::-1]).save(tmp_path / "secret.png")
+    monkeypatch.chdir(source)
+    broken: list[str] = []
+    out = tmp_path / "out"
+    import_dataset(Path(), out, on_broken=lambda name, _: broken.append(name))
+    assert [p.name for p in (out / "images").iterdir()] == ["b.png"] and broken == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"label": None},
+        {"label": " "},
+        {"label": "cup", "points": [[1, 1], [10**400, 1], [5, 5]]},
+        {"imagePath": "n" * 300},
+    ],
+)
+def test_odd_labelme_files_do_not_stop_the_others(tmp_path: Path, damage: dict[str, Any]) -> None:
+    source = tmp_path / "labelme"
+    square = shape("cup", (2, 3), (8, 3), (8, 9))
+    labelme(source, "good", square)
+    path = labelme(source, "odd", square | damage, **damage)
+    path.with_suffix(".png").rename(source / "unnamed.png")
+    samples, broken = bring(source)
+    assert [s.image_path.name for s in samples] == ["good.png"] and broken == ["odd.json"]
+
+
+@pytest.mark.parametrize("category", [{"id": 1, "name": None}, {"id": 1, "name": ""}])
+def test_coco_categories_without_a_name(coco: Path, category: dict[str, Any]) -> None:
+    edit_instances(coco, categories=lambda rows: [category, *rows[1:]])
+    with pytest.raises(DataError, match="give it a name"):
+        import_dataset(coco, coco.parent / "out", on_broken=refuse)
+
+
+def test_a_category_or_name_of_an_odd_kind_costs_its_own_picture(coco: Path) -> None:
+    more = {"id": 8, "file_name": "n" * 300 + ".jpg", "height": HW[0], "width": HW[1]}
+    edit_instances(
+        coco,
+        images=lambda rows: [*rows, more],
+        annotations=lambda rows: [rows[0] | {"category_id": [1]}, *rows[1:]],
+    )
+    names: list[str] = []
+    with pytest.raises(DataError, match="could be imported"):
+        import_dataset(coco, coco.parent / "out", on_broken=lambda name, _: names.append(name))
+    assert names == ["image 7", "image 8"]
+
+
+def test_files_with_a_byte_order_mark_or_half_characters(tmp_path: Path) -> None:
+    source = tmp_path / "labelme"
+    path = labelme(source, "a", shape("half \ud800 a cup", (2, 3), (8, 3), (8, 9)))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (sample,), broken = bring(source)
+    assert (sample.instruction, broken) == ("half \ud800 a cup", [])
+
+
+def test_a_split_may_be_a_number(coco: Path) -> None:
+    path = coco.parent / "t.json"
+    path.write_text(json.dumps([{"image": 7, "instruction": "all of it", "split": 3}]))
+    import_dataset(coco, coco.parent / "out", on_broken=refuse, instructions=path)
+    assert len(read_dataset(coco.parent / "out", "3")) == 1
+
+
 def refuse(name: str, error: DataError) -> None:
     raise error
 
@@ -247,6 +327,7 @@ def test_what_cannot_be_imported_leaves_nothing_behind(coco: Path) -> None:
         ("t.json", b"{}", "no list of objects"),
         ("t.json", b'[{"image": "p", "instruction": "x", "targets": 3}]', "targets are a list"),
         ("gone.csv", None, "is missing"),
+        ("coco", None, "cannot be read"),
     ],
 )
 def test_broken_tables_are_named(

@@ -77,7 +77,7 @@ def test_nothing_and_several_texts(tmp_path: Path) -> None:
 
 
 def test_broken_rows_are_named_and_the_others_read(tmp_path: Path) -> None:
-    ragged = [[True, False], [True]]
+    ragged = [[True, False, True], [True]]  # as many as two rows of two
     path = write(
         tmp_path,
         image=[picture(1)] * 3 + [{"bytes": b"none", "path": ""}],
@@ -95,6 +95,16 @@ def test_broken_rows_are_named_and_the_others_read(tmp_path: Path) -> None:
     assert [split.samples for split in findings.splits] == [1]
     with pytest.raises(ImageError, match="no image 9"):
         load_image(path / "image" / "9")
+
+
+@pytest.mark.parametrize("size", [[0, 4], [4], [100_000, 100_000], [-2, -3]])
+def test_run_lengths_of_no_picture_are_refused(tmp_path: Path, size: list[int]) -> None:
+    """Before any memory is taken for them."""
+    pixels = size[0] * size[-1]
+    mask = {"size": size, "counts": [max(0, pixels)]}
+    write(tmp_path, image=[picture(1)], text=["x"], mask=[mask])
+    with pytest.raises(DataError, match="a mask of size"):
+        read_dataset(tmp_path, "test")
 
 
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:

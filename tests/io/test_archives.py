@@ -104,3 +104,22 @@ def test_damaged_archives_are_named(tmp_path: Path) -> None:
     path.write_bytes(whole[:100])
     with pytest.raises(DataError, match="no whole zip archive"):
         archives.read_bytes(path / "x")
+
+
+def test_an_archive_of_the_future_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.zip", x=b"1")
+    content = path.read_bytes()
+    directory = content.index(b"PK\x01\x02")
+    path.write_bytes(content[: directory + 6] + b"\xff" + content[directory + 7 :])
+    with pytest.raises(DataError, match="no whole zip archive"):
+        archives.read_bytes(path / "x")
+
+
+def test_a_member_damaged_in_its_packing_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x", bytes(range(256)))
+    content = path.read_bytes()
+    path.write_bytes(content[:50] + b"\xff" * 60 + content[110:])
+    with pytest.raises(DataError, match=r"a\.zip/x is damaged"):
+        archives.read_bytes(path / "x")

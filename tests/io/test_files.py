@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import segcompass
 from segcompass.io.errors import ConfigError, DataError
-from segcompass.io.files import read_object, write_whole
+from segcompass.io.files import make_folder, read_object, write_whole
 from segcompass.io.settings import read_yaml
 
 
@@ -99,3 +100,15 @@ def test_settings_that_are_nested_too_deeply(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(DEEP)
     with pytest.raises(ConfigError, match=r"a\.yaml is no valid YAML"):
         read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_folder_to_write_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_folder(tmp_path / "a" / "b").is_dir()
+    assert make_folder(tmp_path / "a") == tmp_path / "a"  # there already
+    (tmp_path / "file").write_text("keep me")
+    for place in ("file", "file/inside", "n" * 300):
+        with pytest.raises(DataError, match="cannot be a folder"):
+            make_folder(tmp_path / place)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(DataError, match="cannot be written to"):
+        make_folder(tmp_path / "a")

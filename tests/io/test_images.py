@@ -290,6 +290,11 @@ def test_list_images_from_folders_patterns_and_files(tmp_path: Path) -> None:
     assert found("sub", "b.JPG", ".") == ["sub/d.webp", "b.JPG", "a.png", "odd[1].png"]
 
 
+def test_list_images_names_what_cannot_be_a_file() -> None:
+    with pytest.raises(ImageError, match="nnn: cannot be read"):
+        list_images(["n" * 300])
+
+
 def test_list_images_says_which_source_is_empty(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     with pytest.raises(ImageError, match=r"none\*"):

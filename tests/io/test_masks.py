@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from segcompass.io import masks
 from segcompass.io.errors import DataError
+from segcompass.types import Rle
 
 
 def blobs(seed: int, height: int, width: int, density: float) -> np.ndarray:
@@ -112,6 +115,10 @@ def test_both_run_length_forms_read_the_same() -> None:
         {"size": [4, 4], "counts": [3, 99]},
         {"size": [4, 4], "counts": [-1, 17]},
         {"size": [4, 4]},
+        {"size": [4, 4], "counts": "1"},
+        {"size": [4, 4], "counts": "\ud800"},
+        {"size": [4, 4], "counts": "`0\0"},
+        [[0, 0, 1, 0, 1, 10**400]],
     ],
 )
 def test_damaged_segmentations_are_refused(segmentation: object) -> None:
@@ -122,6 +129,22 @@ def test_damaged_segmentations_are_refused(segmentation: object) -> None:
 def test_run_lengths_that_overrun_are_refused() -> None:
     with pytest.raises(DataError, match="damaged"):
         masks.decode({"size": [2, 2], "counts": masks.encode(np.ones((9, 9), bool))["counts"]})
+
+
+def test_runs_of_no_length_cannot_overflow_a_union() -> None:
+    """pycocotools has room for one run a pixel, and writes on where there are more."""
+    crowded = masks.from_segmentation({"size": [1, 2], "counts": "110O" + "0" * 100_000}, (1, 2))
+    assert len(masks.run_lengths(crowded["counts"])) <= 3
+    plain = masks.from_segmentation({"size": [1, 2], "counts": [1, 0, 0, 1]}, (1, 2))
+    np.testing.assert_array_equal(masks.decode(plain), [[False, True]])
+    many: Rle = {"size": [1, 1], "counts": "010O" + "0" * 100_000}
+    assert masks.union([many, many], (1, 1)).tolist() == [[True]]
+
+
+@pytest.mark.parametrize("counts", ["P", "oooooooo0", [4], b"4"])
+def test_run_lengths_are_whole_numbers_in_compressed_text(counts: object) -> None:
+    with pytest.raises(DataError):
+        masks.decode(cast("Rle", {"size": [2, 2], "counts": counts}))
 
 
 def test_run_lengths_that_fall_short_are_refused() -> None:

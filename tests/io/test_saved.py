@@ -100,3 +100,53 @@ def test_a_schema_of_the_future(tmp_path: Path) -> None:
     path.write_text(json.dumps(record))
     with pytest.raises(DataError, match="prediction/9"):
         load_prediction(path)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        {"size": [256, 256], "counts": [65536]},
+        {"size": [8, 8], "counts": "P2"},
+        {"size": [10**6, 10**6], "counts": "PPP[jm"},  # 10**12 pixels, all of them outside
+        {"size": [256, 256], "counts": "\ud800"},
+    ],
+)
+def test_masks_that_are_none(tmp_path: Path, mask: object) -> None:
+    path = save(make_prediction(), tmp_path)["json"]
+    record = json.loads(path.read_text())
+    record["slots"][0]["mask"] = mask
+    path.write_text(json.dumps(record))
+    with pytest.raises(DataError, match="no saved prediction"):
+        load_prediction(path)
+
+
+def test_every_damaged_byte_of_the_arrays_is_refused_by_name(tmp_path: Path) -> None:
+    paths = save(make_prediction(), tmp_path)
+    whole = paths["arrays"].read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for place in rng.integers(len(whole), size=60):
+        paths["arrays"].write_bytes(whole[:place] + b"\x81\x7f" + whole[place + 2 :])
+        try:
+            load_prediction(paths["json"])
+        except DataError:
+            refused += 1
+    assert refused > 45  # a few bytes are names and times that nobody reads
+
+
+def test_slots_of_another_answer(tmp_path: Path) -> None:
+    path = save(make_prediction(), tmp_path)["json"]
+    record = json.loads(path.read_text())
+    record["slots"].pop()
+    path.write_text(json.dumps(record))
+    with pytest.raises(DataError, match="slots beside"):
+        load_prediction(path)
+
+
+def test_a_folder_of_that_name(tmp_path: Path) -> None:
+    paths = save(make_prediction(), tmp_path)
+    paths["json"].unlink()
+    paths["json"].mkdir()
+    with pytest.raises(DataError, match="no saved prediction"):
+        load_prediction(paths["json"])

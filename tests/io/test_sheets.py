@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from segcompass.io.outputs import slot_colour
 from segcompass.io.sheets import (
     BAD,
+    BIG,
     GAP,
     GOOD,
+    PAD,
     PAPER,
     SMALL_TILE,
     TILE,
+    TITLE,
     Entry,
     font_for,
     plain,
@@ -126,3 +129,20 @@ def test_text_that_acts_unseen_is_dropped() -> None:
 def test_any_text_can_be_drawn(text: str) -> None:
     prediction = replace(make_prediction(), instruction=text, reasoning=text)
     assert sheet([Entry(prediction, wanted())], text).height < 1200
+
+
+def test_a_label_tells_two_cards_of_one_question_apart() -> None:
+    plain, before = (
+        sheet([Entry(make_prediction(), label=label)], "x") for label in ("", "Before")
+    )
+    head = (0, 0, before.width, 2 * PAD + TITLE + BIG)
+    below = (0, head[3], before.width, before.height)
+    assert before.crop(head).tobytes() != plain.crop(head).tobytes()
+    assert before.crop(below).tobytes() == plain.crop(below).tobytes()
+
+
+def test_a_long_title_ends_within_the_page() -> None:
+    """Instead of being cut off at the edge."""
+    page = sheet([Entry(make_prediction())], "Concept 1234 off, " * 40)
+    edge = page.crop((page.width - PAD, 0, page.width, PAD + TITLE - 4))
+    assert [colour for _, colour in edge.getcolors() or []] == [PAPER]

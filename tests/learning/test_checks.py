@@ -80,6 +80,8 @@ def fault(sample: Sample, kind: str) -> Sample:
         return replace(sample, targets=(*sample.targets, encode(np.zeros(HW, dtype=bool))))
     elif kind == "mask damaged":
         return replace(sample, targets=({"size": list(HW), "counts": "0"},))
+    elif kind == "mask unfinished":
+        return replace(sample, targets=({"size": list(HW), "counts": "`"},))
     elif kind == "ignore smaller":
         return replace(sample, ignore=encode(SQUARE[1:]))
     elif kind == "too long":
@@ -102,6 +104,7 @@ FAULTS = {
     "mask smaller": (DataError, r"1 another size\): b: a mask is of 31×24, its picture of 32×24"),
     "mask empty": (DataError, r"1 empty mask\): b: a target has no pixel"),
     "mask damaged": (DataError, r"1 damaged mask\): b: the runs of a mask do not add up to 32×24"),
+    "mask unfinished": (DataError, r"1 damaged mask\): b: run lengths hold a number that does not"),
     "ignore smaller": (DataError, r"1 another size\): b: a mask is of 32×23"),
     "too long": (DataError, r"1 instruction\): b: the instruction has \d+ tokens, the limit is 40"),
     "blank": (DataError, r"1 instruction\): b: the instruction is empty"),

@@ -144,7 +144,6 @@ def _check_masks(table: Instances, bad: _Bad, note: Note) -> None:
         try:
             segmentation = item.get("segmentation")
             rle = annotation_mask(segmentation, hw)
-            _check_runs(rle["counts"], segmentation, hw)
         except DataError as error:
             bad.masks.add(ann_id)
             note(Problem(Sort.MASK, str(table.path), entry, str(error)))
@@ -154,15 +153,6 @@ def _check_masks(table: Instances, bad: _Bad, note: Note) -> None:
             note(Problem(Sort.OFF_IMAGE, str(table.path), entry, outside))
         if masks.area(rle) == 0:
             bad.empty.add(ann_id)
-
-
-def _check_runs(counts: str, segmentation: Any, hw: tuple[int, int]) -> None:
-    """Raises DataError where compressed run lengths do not add up to the picture."""
-    if not isinstance(segmentation, dict):
-        return  # made of polygons just now
-    runs = masks.run_lengths(counts)
-    if min(runs, default=-1) < 0 or sum(runs) != hw[0] * hw[1]:
-        raise DataError(f"run lengths that do not add up to {hw[1]}×{hw[0]} pixels")
 
 
 def _points(segmentation: Any) -> Iterator[tuple[float, float]]:

@@ -17,7 +17,14 @@ from segcompass.data.findings import (
     problem_of,
 )
 from segcompass.data.published import published_images
-from segcompass.data.reasonseg import SPLITS, draw_shapes, load_note, pair_up, texts_of
+from segcompass.data.reasonseg import (
+    FLAG,
+    SPLITS,
+    draw_shapes,
+    load_note,
+    pair_up,
+    texts_of,
+)
 from segcompass.io import archives
 from segcompass.io.errors import DataError, SegCompassError
 from segcompass.io.images import displayed_hw
@@ -80,6 +87,8 @@ def _look(pair: tuple[Path, Path]) -> tuple[list[Problem], int]:
     texts = 0
     try:
         texts = len(texts_of(json_path, content))
+        if not all(text.strip() for text in texts_of(json_path, content)):
+            problems.append(Problem(Sort.ENTRY, str(json_path), json_path.stem, "a text is empty"))
     except DataError as error:
         problems.append(Problem(Sort.ENTRY, str(json_path), json_path.stem, str(error)))
     if picture is None:
@@ -97,6 +106,8 @@ def _shape_problem(
         yield Sort.MASK, str(error)
         return
     for shape in content.get("shapes", []):
-        outside = off_image(shape["points"], hw)
+        if shape["label"].lower() == FLAG:
+            continue
+        outside = off_image(((float(x), float(y)) for x, y in shape["points"]), hw)
         if outside is not None:
             yield Sort.OFF_IMAGE, outside

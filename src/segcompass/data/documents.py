@@ -157,7 +157,8 @@ class DocumentSet:
             raise DataError(f"{image:.80} is an address; download it and store its path")
         inside = PurePosixPath(image)
         path = self.folder / inside
-        leaves = inside.is_absolute() or ".." in inside.parts or "\0" in image
+        leaves = inside.is_absolute() or ".." in inside.parts
+        leaves |= "\0" in image or not _is_unicode(image)  # no file can be called so
         if leaves or not path.resolve().is_relative_to(self.folder.resolve()):
             raise DataError(f"the picture {image!r:.80} lies outside {self.folder}; move it inside")
         return path

@@ -16,7 +16,7 @@ import numpy as np
 from segcompass.data.instances import Instances, annotation_mask
 from segcompass.data.json_files import load_json
 from segcompass.data.refcoco import Broken
-from segcompass.io import masks
+from segcompass.io import archives, masks
 from segcompass.io.errors import DataError, ImageError
 from segcompass.io.images import SUFFIXES, displayed_hw, load_image
 
@@ -67,8 +67,18 @@ def read_coco(path: Path, images: Path | None, on_broken: Broken) -> Iterator[Pi
 
 
 def _coco_instance(table: Instances, thing: dict[str, Any]) -> Instance:
-    name = table.categories.get(thing.get("category_id"), "thing")
-    return Instance(str(thing["id"]), name, thing["segmentation"])
+    category = thing.get("category_id")
+    known = not isinstance(category, list | dict)
+    name = table.categories.get(category, "thing") if known else None
+    return Instance(str(thing["id"]), _named(name), thing["segmentation"])
+
+
+def _named(label: Any) -> str:
+    """A thing's name, by which it is asked for; raises DataError where it has none."""
+    text = str(label).strip() if isinstance(label, str | int) else ""
+    if not text:
+        raise DataError(f"a thing is called {label!r:.60}; give it a name")
+    return text
 
 
 def read_labelme(root: Path, on_broken: Broken) -> Iterator[Picture]:
@@ -94,10 +104,10 @@ def _labelme_picture(root: Path, path: Path) -> Picture:
     groups: dict[tuple[str, Any], list[list[float]]] = {}
     for number, shape in enumerate(content["shapes"]):
         try:
-            label, group = str(shape["label"]), shape.get("group_id")
+            label, group = _named(shape["label"]), shape.get("group_id")
             alone = ("shape", number)
             groups.setdefault((label, alone if group is None else group), []).append(_ring(shape))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(f"{path}, shape {number} is damaged ({error!r})") from error
     instances = tuple(
         Instance(str(number), label, rings)
@@ -106,13 +116,14 @@ def _labelme_picture(root: Path, path: Path) -> Picture:
     for instance in instances:
         if not masks.area(annotation_mask(instance.segmentation, hw)):
             raise DataError(f"{path}: {instance.name!r} has no pixel in the picture")
-    return Picture(found, found.name, hw, instances)
+    return Picture(found, Path(os.path.relpath(found, root)).as_posix(), hw, instances)
 
 
 def _labelme_image(root: Path, path: Path, stated: Any) -> Path:
     if isinstance(stated, str) and stated:
-        inside = Path(os.path.normpath(path.parent / Path(*PureWindowsPath(stated).parts)))
-        if inside.is_relative_to(root) and inside.is_file():
+        whole = path.parent.absolute() / Path(*PureWindowsPath(stated).parts)
+        inside = Path(os.path.normpath(whole))
+        if inside.is_relative_to(os.path.normpath(root.absolute())) and archives.is_file(inside):
             return inside
     beside = (path.with_suffix(suffix) for suffix in sorted(SUFFIXES))
     found = next((image for image in beside if image.is_file()), None)

@@ -126,8 +126,14 @@ def _ask(
     waiting: dict[str, list[Instruction]] = {}
     for row in rows:
         waiting.setdefault(row.image, []).append(row)
+    asked: dict[str, Path] = {}  # what rows call a picture -> the first of that name
     for picture in pictures:
         names = {picture.name, picture.path.name, picture.path.stem}
+        for name in sorted(names & asked.keys()):
+            both = f"{name!r} is {asked[name]} as well as {picture.path}"
+            told = "rows of that name are about the first; call the other by its own"
+            on_broken(picture.name, DataError(f"{both}; {told}"))
+        asked |= dict.fromkeys(names & waiting.keys(), picture.path)
         about = sorted((row for name in names for row in waiting.pop(name, ())), key=_row)
         questions = []
         for row in about:

@@ -17,7 +17,7 @@ class Instruction(NamedTuple):
     """One row."""
 
     row: int  # from 1
-    image: str  # file name, stem, or COCO's id
+    image: str  # file name, stem, COCO's id, or path in a LabelMe folder
     text: str
     targets: tuple[str, ...] | None  # ids or names; () nothing matches, None all there is
     split: str | None
@@ -45,6 +45,8 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; give a CSV or JSON file") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the file") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is of another encoding than UTF-8; convert it") from error
     except csv.Error as error:
@@ -60,4 +62,6 @@ def _instruction(path: Path, number: int, row: dict[str, Any]) -> Instruction:
     if not isinstance(targets, list | None):
         raise DataError(f"{path}, row {number}: targets are a list, found {targets!r:.80}")
     wanted = None if targets is None else tuple(str(target).strip() for target in targets)
-    return Instruction(number, str(image), text.strip(), wanted, row.get("split") or None)
+    split = row.get("split")
+    named = None if split in (None, "") else str(split)
+    return Instruction(number, str(image), text.strip(), wanted, named)

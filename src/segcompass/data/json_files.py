@@ -12,7 +12,7 @@ from segcompass.io.errors import DataError
 def load_json(path: Path) -> Any:
     """Read a JSON file; raises DataError when it is missing, damaged or not UTF-8."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # some tools write a BOM
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; the layout needs it") from error
     except UnicodeDecodeError as error:
@@ -21,6 +21,8 @@ def load_json(path: Path) -> Any:
             f"{path} is of another encoding than UTF-8 (0x{odd:02x} at byte {error.start}); "
             "convert it, or download it again"
         ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the file") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no valid JSON ({error}); download or write it again") from error
 
@@ -28,4 +30,5 @@ def load_json(path: Path) -> Any:
 def dump_json(path: Path, value: Any) -> None:
     """Write compact JSON in UTF-8, the same bytes on every system."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    path.write_text(text, encoding="utf-8", newline="\n")
+    # Half characters, as of undecodable file names, become JSON's own escapes, and come back.
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))

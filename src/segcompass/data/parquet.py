@@ -21,7 +21,7 @@ from segcompass.data.instances import annotation_mask
 from segcompass.data.refcoco import Broken
 from segcompass.io import masks, parquet
 from segcompass.io.errors import DataError, ImageError
-from segcompass.io.images import load_image
+from segcompass.io.images import MAX_PIXELS, load_image
 from segcompass.types import Rle, Sample
 
 NEEDED = ("image", "text", "mask")
@@ -109,20 +109,32 @@ def _mask(cell: Any) -> Rle:
     if isinstance(cell, import_module("pyarrow").ListScalar):
         return masks.encode(_grid(cell.values))  # without making an object of every pixel
     value = cell.as_py()
-    if isinstance(value, Mapping) and len(value.get("size") or ()) == 2:
-        height, width = value["size"]
-        rle = annotation_mask(value, (height, width))
-        masks.decode(rle)  # tells of runs that do not add up
-        return rle
+    if isinstance(value, Mapping) and isinstance(value.get("size"), list):
+        return annotation_mask(value, _hw(value["size"]))
     value = value.get("bytes") if isinstance(value, Mapping) else value
     if not isinstance(value, bytes):
         raise DataError("the mask is no picture, no rows of booleans and no run lengths")
     return masks.encode(np.asarray(load_image(value).max(axis=-1) > 0))
 
 
+def _hw(size: list[Any]) -> tuple[int, int]:
+    whole = len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+    if not whole or size[0] * size[1] > MAX_PIXELS:
+        raise DataError(f"a mask of size {size!r:.60}; pictures have 1 to {MAX_PIXELS:,} pixels")
+    return size[0], size[1]
+
+
 def _grid(rows: Any) -> np.ndarray:
     try:
+        lengths = rows.value_lengths().to_numpy(zero_copy_only=False)
         flat = np.asarray(rows.flatten().to_numpy(zero_copy_only=False))
-        return flat.reshape(len(rows), -1).astype(bool)
+        return flat.reshape(len(rows), _width(lengths)).astype(bool)
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"the rows of a mask are not of one length ({error})") from error
+
+
+def _width(lengths: np.ndarray) -> int:
+    found = np.unique(lengths)
+    if len(found) != 1:
+        raise ValueError(f"lengths {found.tolist()!r:.60}")
+    return int(found[0])

@@ -24,6 +24,7 @@ from segcompass.types import Sample
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".JPG", ".JPEG", ".png")
 SPLITS = ("train", "val", "test", "testA", "testB")
 TARGET, IGNORED = 1, 255
+FLAG = "flag"  # label of a remark, which is not drawn
 logger = logging.getLogger(__name__)
 
 
@@ -131,7 +132,10 @@ def _samples(
 
 def load_note(path: Path) -> dict[str, Any]:
     """The JSON beside a picture; raises DataError where it is damaged or oddly encoded."""
-    text = _decode(path, archives.read_bytes(path))
+    try:
+        text = _decode(path, archives.read_bytes(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the file") from error
     try:
         note = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -177,7 +181,7 @@ def draw_shapes(path: Path, note: dict[str, Any], hw: tuple[int, int]) -> np.nda
         sized = [
             (int(masks.draw_outline(points, hw).sum()), points, label)
             for points, label in shapes
-            if label != "flag"
+            if label != FLAG
         ]
         canvas = Image.new("L", (hw[1], hw[0]))
         draw = ImageDraw.Draw(canvas)

@@ -7,6 +7,7 @@ The bytes in a Parquet file have paths as well: ``test.parquet/image/12`` is col
 
 from __future__ import annotations
 
+import lzma
 import os
 import zipfile
 import zlib
@@ -59,9 +60,12 @@ def list_files(folder: Path) -> list[str]:
 
 def is_file(path: Path) -> bool:
     """Whether there is such a file, on disk or in an archive."""
-    parts = _split(path)
-    if parts is None:
-        return path.is_file()
+    try:
+        parts = _split(path)
+        if parts is None:
+            return path.is_file()
+    except OSError:  # a name too long for any file
+        return False
     if (cell := _cell(*parts)) is not None:
         return parquet.has_cell(*cell)
     return parts[1] in _open(parts[0]).members
@@ -103,7 +107,7 @@ def read_bytes(path: Path) -> bytes:
         )
     try:
         return archive.file.read(info)  # never more than the size that was stated
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
         raise DataError(f"{path} is damaged ({error}); download the archive again") from error
     except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed in a rare way
         raise DataError(f"{path} cannot be unpacked ({error}); extract the archive") from error
@@ -137,7 +141,7 @@ def _opened(path: Path, size: int, changed: int, process: int) -> _Archive:
     """The arguments beside the path only tell one state of the file from another."""
     try:
         file = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
         raise DataError(f"{path} is no whole zip archive ({error}); download it again") from error
     members: dict[str, zipfile.ZipInfo] = {}
     folders: dict[str, list[str]] = {}

@@ -12,6 +12,23 @@ from typing import Any
 from segcompass.io.errors import DataError
 
 
+def make_folder(path: Path) -> Path:
+    """Make a folder to write into, if it is not there; before the work, so that none is lost.
+
+    Raises:
+        DataError: it cannot be made, or not be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be a folder to write into ({error.strerror}); choose another"
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise DataError(f"{path} cannot be written to; change its rights, or choose another folder")
+    return path
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Put ``content`` at ``path`` in one step; a link lying there is replaced, not followed.
 

@@ -107,7 +107,10 @@ def list_images(sources: Sequence[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for source in sources:
-        matches = _expand(source)
+        try:
+            matches = _expand(source)
+        except OSError as error:  # a name too long, a folder of another's
+            raise ImageError(f"{str(source)[:80]}: cannot be read ({error.strerror})") from error
         if not matches:
             raise ImageError(
                 f"{source}: no images found; looked for {', '.join(sorted(SUFFIXES))} files"

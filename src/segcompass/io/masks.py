@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Point = tuple[int, int]
 EIGHT = np.ones((3, 3), dtype=bool)  # diagonal neighbours belong together
+MAX_LETTERS = 7  # of a run length, which has 32 bits
 POINT_LIMIT = 32767  # farther than any picture reaches, near enough for the rasteriser
 
 
@@ -44,39 +45,36 @@ def decode(rle: Rle) -> Bool[np.ndarray, "H W"]:
     Raises:
         DataError: the runs do not add up to the stated size.
     """
-    height, width = rle["size"]
-    runs = run_lengths(rle["counts"])
-    if min(runs, default=-1) < 0 or sum(runs) != height * width:
-        raise DataError(
-            f"a run-length encoding is damaged: its runs make {sum(runs)} pixels, "
-            f"its size {width}x{height} wants {height * width}"
-        )
-    try:
-        decoded: np.ndarray = coco.decode(_bytes(rle))
-    except (ValueError, TypeError, MemoryError) as error:
-        raise DataError(f"run-length encoding of size {rle['size']} is damaged: {error}") from error
+    decoded: np.ndarray = coco.decode(_bytes(rle))
     return decoded.astype(bool)
 
 
 def run_lengths(counts: str) -> list[int]:
     """Lengths of the runs outside and inside a mask, in turn, from COCO's compressed text.
 
-    pycocotools does not tell when they are too few: the missing pixels are whatever was in memory.
     Source: rleFrString of the COCO API: 5 bits a character, lowest first, the sixth says that more
     follow, the highest is the sign; from the fourth run on, differences to the run before the last.
+
+    Raises:
+        DataError: it is no such text, or a number in it does not end.
     """
-    runs: list[int] = []
-    value = shift = 0
-    for letter in counts.encode():
-        bits = letter - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
+    if not isinstance(counts, str) or not counts.isascii() or "\0" in counts:
+        raise DataError(f"run lengths are COCO's compressed text, found {_short(counts)}")
+    letters = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(letters & 32 == 0) + 1
+    lengths = np.diff(ends, prepend=0)
+    if lengths.sum() != len(letters) or lengths.max(initial=0) > MAX_LETTERS:
+        raise DataError(f"run lengths hold a number that does not end: {_short(counts)}")
+    if not len(letters):
+        return []
+    starts = ends - lengths
+    shifts = 5 * (np.arange(len(letters)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((letters & 31) << shifts, starts)
+    runs -= (letters[ends - 1] & 16 != 0) * (1 << 5 * lengths)
+    for first in (1, 2):  # differences to the run before the last
+        runs[first::2] = runs[first::2].cumsum()
+    found: list[int] = runs.tolist()
+    return found
 
 
 def area(rle: Rle) -> int:
@@ -126,7 +124,7 @@ def from_segmentation(segmentation: Any, hw: tuple[int, int]) -> Rle:
         raise DataError(f"a segmentation is polygons or run lengths, found {_short(segmentation)}")
     try:
         polygons = [np.asarray(p, dtype=np.float64) for p in segmentation if len(p) >= 6]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"a polygon is a flat list of numbers, found {_short(segmentation)}") from (
             error
         )
@@ -177,7 +175,7 @@ def draw_into(draw: ImageDraw.ImageDraw, points: Iterable[Sequence[float]], valu
     """
     try:
         corners = np.asarray(list(points), dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"a polygon is a list of x, y pairs: {error}") from error
     if len(corners) == 0:
         return
@@ -195,11 +193,11 @@ def _from_runs(segmentation: dict[str, Any], hw: tuple[int, int]) -> Rle:
     if not isinstance(size, list) or size != list(hw):
         raise DataError(f"run lengths of size {size} for an image of (height, width) {hw}")
     if isinstance(counts, str):
-        return {"size": [hw[0], hw[1]], "counts": counts}
+        return _text(_bytes({"size": [hw[0], hw[1]], "counts": counts}))
     whole = isinstance(counts, list) and all(isinstance(c, int) and c >= 0 for c in counts)
     if not whole or sum(counts or ()) != hw[0] * hw[1]:
         raise DataError(f"run lengths that do not add up to {hw[0]}x{hw[1]} pixels")
-    return _text(coco.frPyObjects({"size": size, "counts": counts}, *hw))
+    return _text(_bytes(_text(coco.frPyObjects({"size": size, "counts": counts}, *hw))))
 
 
 def _component_outlines(component: Bool[np.ndarray, "H W"]) -> list[list[Point]]:
@@ -248,11 +246,21 @@ def _text(coded: dict[str, Any]) -> Rle:
 
 
 def _bytes(rle: Rle) -> dict[str, Any]:
-    counts: Any = rle["counts"]
-    return {
-        "size": list(rle["size"]),
-        "counts": counts.encode("ascii") if isinstance(counts, str) else counts,
-    }
+    """A mask as pycocotools takes it, which would write past its memory where runs do not fit.
+
+    Raises:
+        DataError: the runs do not add up to the stated size.
+    """
+    (height, width), runs = rle["size"], run_lengths(rle["counts"])
+    if min(runs, default=-1) < 0 or sum(runs) != height * width:
+        raise DataError(
+            f"a run-length encoding is damaged: its runs make {sum(runs)} pixels, "
+            f"its size {width}x{height} wants {height * width}"
+        )
+    coded: dict[str, Any] = {"size": [height, width], "counts": rle["counts"].encode("ascii")}
+    if 0 in runs[1:]:  # merging has room for one run a pixel
+        coded = coco.encode(coco.decode(coded))
+    return coded
 
 
 def _short(value: Any) -> str:

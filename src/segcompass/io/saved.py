@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from segcompass.io.arrays import from_arrays
 from segcompass.io.errors import DataError
 from segcompass.io.outputs import SCHEMA
 from segcompass.types import BoxPrompts, Candidates, Prediction, Status
-
-DAMAGED = (ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile)
 
 
 def load_prediction(path: str | Path) -> Prediction:
@@ -44,7 +41,7 @@ def load_prediction(path: str | Path) -> Prediction:
             f"{error.filename}: no such file; a saved prediction is a JSON file and an NPZ file of "
             "the same name, as predict --out writes them"
         ) from error
-    except DAMAGED as error:
+    except Exception as error:  # parsers of untrusted bytes may raise anything; named here
         raise DataError(
             f"{path}: is no saved prediction, or {arrays_path.name} is not its own ({error!r}); "
             "run predict --out again"
@@ -56,16 +53,26 @@ def _prediction(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
         raise ValueError(f"schema {record['schema']!r} instead of {SCHEMA!r}")
     slots, hw = record["slots"], arrays["image"].shape[:2]
     as_written = ("instruction", "text", "reasoning", "threshold", "model", "timings", "source")
+    if len(slots) != len(arrays["scores"]):
+        raise ValueError(f"{len(slots)} slots beside {len(arrays['scores'])} scores")
     added = ("interface", "fingerprint")  # to the schema; older files have them not
     return Prediction(
         **from_arrays(arrays),
         **{name: record[name] for name in as_written},
         **{name: record[name] for name in added if name in record},
         status=Status(record["status"]),
-        slot_masks=np.stack([mask_io.decode(slot["mask"]) for slot in slots]),
+        slot_masks=np.stack(_masks(slots, hw)),
         prompts=_prompts(slots) if "prompt" in slots[0] else None,
         candidates=_candidates(record["candidates"], hw) if "candidates" in record else None,
     )
+
+
+def _masks(rows: Sequence[Mapping[str, Any]], hw: tuple[int, ...]) -> list[np.ndarray]:
+    """The masks, each as large as the picture; of another size none is unpacked."""
+    sizes = [row["mask"]["size"] for row in rows]
+    if odd := [size for size in sizes if size != list(hw)]:
+        raise ValueError(f"a mask of size {odd[0]} on a picture of size {list(hw)}")
+    return [mask_io.decode(row["mask"]) for row in rows]
 
 
 def _prompts(slots: Sequence[Mapping[str, Any]]) -> BoxPrompts:
@@ -80,7 +87,7 @@ def _prompts(slots: Sequence[Mapping[str, Any]]) -> BoxPrompts:
 
 def _candidates(rows: Sequence[Mapping[str, Any]], hw: tuple[int, ...]) -> Candidates:
     chosen = [row["chosen"] for row in rows]
-    masks = [mask_io.decode(row["mask"]) for row in rows]
+    masks = _masks(rows, hw)
     return Candidates(
         masks=np.stack(masks) if masks else np.zeros((0, *hw), dtype=bool),
         scores=np.array([row["score"] for row in rows], dtype=np.float32),

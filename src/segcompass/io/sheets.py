@@ -31,10 +31,11 @@ BADGES = {
 
 
 class Entry(NamedTuple):
-    """One prediction and, where it is known, what was wanted."""
+    """One prediction, what was wanted where it is known, and what tells it from the others."""
 
     prediction: Prediction
     targets: Bool[np.ndarray, "N height width"] | None = None
+    label: str = ""
 
 
 class _Tile(NamedTuple):
@@ -57,7 +58,8 @@ def sheet(entries: Sequence[Entry], title: str) -> Image.Image:
     width = max((card.width for card in cards), default=TILE) + 2 * PAD
     page = Image.new("RGB", (width, PAD + TITLE + sum(c.height + PAD for c in cards)), PAPER)
     draw, heading = ImageDraw.Draw(page), plain(title)
-    draw.text((PAD, PAD - 4), heading, SOFT, font_for(heading, BIG))
+    font = font_for(heading, BIG)
+    draw.text((PAD, PAD - 4), wrap(heading, font, width - 2 * PAD, 1)[0], SOFT, font)
     top = PAD + TITLE
     for card in cards:
         draw.rectangle((PAD, top, width - PAD - 1, top + card.height - 1), CARD)
@@ -103,7 +105,7 @@ def _pieces(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _card(entry: Entry) -> Image.Image:
-    prediction, targets = entry
+    prediction, targets, _ = entry
     tiles = _tiles(prediction, targets)
     small = [*_heats(prediction), *_candidates(prediction)]
     columns = -(-len(small) // 2)
@@ -132,7 +134,7 @@ def _card(entry: Entry) -> Image.Image:
 
 def _head(card: Image.Image, entry: Entry) -> None:
     """The instruction, and on the right how the answer ended and how good it is."""
-    prediction, targets = entry
+    prediction, targets, label = entry
     badge, colour = BADGES.get(prediction.status, ""), BAD
     if targets is not None:
         answered = prediction.status.well_formed
@@ -141,7 +143,7 @@ def _head(card: Image.Image, entry: Entry) -> None:
         colour = GOOD if iou >= 0.5 else BAD
     draw, small = ImageDraw.Draw(card), font_for("", TEXT)
     room = card.width - 3 * PAD - round(small.getlength(badge))
-    instruction = plain(prediction.instruction)
+    instruction = plain(f"{label}: {prediction.instruction}" if label else prediction.instruction)
     font = font_for(instruction, BIG)
     draw.text((PAD, PAD - 4), wrap(instruction, font, room, 1)[0], INK, font)
     draw.text((card.width - PAD, PAD), badge, colour, small, anchor="ra")

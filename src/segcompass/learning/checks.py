@@ -148,7 +148,10 @@ def _picture(path: Path, hw: tuple[int, int]) -> Found | None:
 def _mask(size: tuple[int, ...], counts: str, hw: tuple[int, int]) -> Found | None:
     if size != hw:
         return OTHER_SIZE, f"a mask is of {size[1]}×{size[0]}, its picture of {hw[1]}×{hw[0]} px"
-    runs = run_lengths(counts)
+    try:
+        runs = run_lengths(counts)
+    except DataError as error:
+        return "damaged mask", str(error)
     if min(runs, default=-1) < 0 or sum(runs) != hw[0] * hw[1]:
         return "damaged mask", f"the runs of a mask do not add up to {hw[1]}×{hw[0]} px"
     return None if any(runs[1::2]) else (EMPTY, "a target has no pixel in the picture")
