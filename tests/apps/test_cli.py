@@ -255,6 +255,56 @@ def test_exit_codes(error: BaseException, code: int, pictures: Path, install: In
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("place", ["taken.txt", "taken.txt/inside"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    place: str, model: type[FakeModel], pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "taken.txt").write_text("keep me")
+    out = str(tmp_path / place)
+    result = run.invoke(app, ["predict", str(pictures), "-i", "mug", "--out", out])
+    assert (result.exit_code, model.calls) == (1, [])
+    assert f"{out} cannot be a folder" in result.stderr
+
+
+def test_an_interrupted_run_keeps_the_whole_of_what_it_has(
+    pictures: Path, install: Install, tmp_path: Path
+) -> None:
+    class Interrupted(FakeModel):
+        def predict_batch(self, images: Any, instructions: Any, **options: Any) -> Any:
+            if len(FakeModel.calls) == 2:
+                raise KeyboardInterrupt
+            return super().predict_batch(images, instructions, **options)
+
+    FakeModel.calls = []
+    loader = SimpleNamespace(from_pretrained=lambda name, **options: Interrupted())
+    install("segcompass.pipeline", SegCompass=loader)
+    out = tmp_path / "out"
+    result = run.invoke(app, ["predict", str(pictures), "-i", "mug", "--out", str(out)])
+    assert result.exit_code == 130 and "1.png" in result.stdout
+    assert len(json.loads((out / "coco.json").read_text())["images"]) == 2
+    assert (out / "report.html").is_file()
+
+
+def test_what_is_told_cannot_drive_the_terminal(model: type[FakeModel], pictures: Path) -> None:
+    (pictures / "0.png").rename(pictures / "\x1b[31mred.png")
+    (pictures / "bad\x1b[2J.png").write_bytes(b"")
+    result = run.invoke(app, ["predict", str(pictures), "-i", "mug\u202e"])
+    assert result.exit_code == 3
+    assert "\x1b" not in result.output and "\u202e" not in result.output
+    assert "␛[31mred.png" in result.stdout and "bad␛[2J.png" in result.stderr
+
+
+def test_pillow_says_nothing_about_large_pictures(
+    model: type[FakeModel],
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # it warns above
+    assert run.invoke(app, ["predict", str(pictures / "0.png"), "-i", "mug"]).exit_code == 0
+    assert [str(told.message) for told in recwarn] == []
+
+
 def test_debug_shows_the_traceback(
     pictures: Path, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:

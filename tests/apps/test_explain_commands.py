@@ -125,3 +125,13 @@ def test_a_concept_that_is_not_there(saved: Path, tiny_model: Path) -> None:
     result = run(app, ["intervene", str(saved), "--ablate", "64", "--model", str(tiny_model)])
     assert result.exit_code == 1
     assert "no concept 64" in result.output
+
+
+@pytest.mark.parametrize("command", [["intervene", "--ablate", "1"], ["provenance"]])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    command: list[str], picture: str, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("keep me")
+    asked = [*command, picture, "-i", "x", "--model", str(tmp_path), "--out"]
+    result = run(app, [*asked, str(tmp_path / "taken")])
+    assert result.exit_code == 1 and "taken cannot be a folder" in result.stderr

@@ -17,8 +17,9 @@ import pytest
 from factories import GRID, INTERFACES, SLOTS, THOUGHT, make_prediction, malformed, no_target
 from PIL import Image
 
-from segcompass.apps.pages import duration, visible
+from segcompass.apps.pages import duration
 from segcompass.apps.report import render_report, write_report
+from segcompass.apps.visible import visible
 from segcompass.types import Candidates, Prediction, Status
 
 HOSTILE = (
@@ -278,3 +279,9 @@ def test_what_a_reader_could_not_see_becomes_a_symbol() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_contents_tell_pictures_apart() -> None:
+    pair = [replace(make_prediction(), source=f"kitchen/<{i}>.jpg") for i in range(2)]
+    contents = render_report(pair).partition("<nav")[2].partition("</nav>")[0]
+    assert [f"&lt;{i}&gt;.jpg" in contents for i in range(2)] == [True, True]

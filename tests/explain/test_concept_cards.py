@@ -307,3 +307,13 @@ def test_the_page_holds_everything_and_escapes_it(cards: dict[int, Card], tmp_pa
     assert len(data["cards"]) == len(cards) and len(data["pictures"]) == PICTURES
     assert data["pictures"][1] == [0, 1, 0, 104, 69]  # first sheet, second cell
     assert text.count("data:image/webp") == 1
+
+
+def test_a_snippet_is_cut_between_words() -> None:
+    counts = ConceptCounts(1)
+    parts = ("a mug that matches", " the", " plate and is closest")
+    counts.texts.append(("".join(parts), np.cumsum([0, *map(len, parts)])))
+    assert counts.snippet(0, 1, reach=10) == ("… matches", " the", " plate …")
+    assert counts.snippet(0, 1, reach=99) == parts
+    counts.texts.append(("杯" * 9, np.array([0, 4, 5, 9])))
+    assert counts.snippet(1, 1, reach=2) == ("… 杯杯", "杯", "杯杯 …")

@@ -127,3 +127,9 @@ def test_overlap_by_hand() -> None:
     assert overlap(first, second) == 1 / 4
     assert overlap(first & False, second & False) == 1.0
     assert overlap(first, second & False) == 0.0
+
+
+def test_edits_in_words() -> None:
+    edits = [Edit.ablate(7), Edit.scale(7, 0.5), Edit.steer(9, -3), Edit(1, 2.0, 1.5), Edit(1)]
+    said = ["7 off", "7 ×0.5", "9 -3", "1 ×2 +1.5", "1 +0"]
+    assert [str(edit) for edit in edits] == [f"Concept {words}" for words in said]

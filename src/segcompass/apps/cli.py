@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,7 @@ from segcompass.apps import (
 )
 from segcompass.apps.console import CommandGroup
 from segcompass.apps.options import AsJson, Device, Dtype, Model, Revision, Threshold, load
+from segcompass.io.files import make_folder
 
 if TYPE_CHECKING:
     from segcompass.apps.runs import Failure, Job
@@ -79,6 +81,8 @@ def start(
     ] = False,
 ) -> None:
     """Settle what holds for every command."""
+    # Said by Pillow of pictures that are refused, or taken, by our own limit.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     if debug:
         os.environ["SEGCOMPASS_DEBUG"] = "1"
     if not sys.stderr.isatty():
@@ -97,6 +101,7 @@ def demo(
     from segcompass.apps import runs
     from segcompass.apps.collect import Collector
 
+    make_folder(out)
     jobs = runs.demo_jobs()
     collector = Collector()
     runs.work_off(load("nano", device, None, None), jobs, collector.take, batch_size=4)
@@ -141,24 +146,22 @@ def predict(
     from segcompass.apps.collect import Collector
 
     jobs, missing = _jobs(sources or [], instruction or [], instructions)
-    collector = Collector(out=out, as_json=as_json)
+    collector = Collector(out=out and make_folder(out), as_json=as_json)
     for failure in missing:
         collector.take(failure)
-    if jobs:
-        runs.work_off(
-            load(model, device, dtype, revision),
-            jobs,
-            collector.take,
-            batch_size=batch_size,
-            threshold=threshold,
-            max_new_tokens=max_new_tokens,
-            force_format=force_format,
-        )
-    if not as_json:
-        console.print_table(collector.rows)
-    if out is not None and collector.rows:
-        collector.write_coco(out / "coco.json")
-        console.note(f"wrote {collector.write_report(out, 'SegCompass')} and the files beside it")
+    try:
+        if jobs:
+            runs.work_off(
+                load(model, device, dtype, revision),
+                jobs,
+                collector.take,
+                batch_size=batch_size,
+                threshold=threshold,
+                max_new_tokens=max_new_tokens,
+                force_format=force_format,
+            )
+    finally:  # an interrupted run shows what it has
+        collector.conclude()
     collector.finish()
 
 

@@ -73,6 +73,15 @@ class Collector:
             console.note(f"{path} shows the first {IN_REPORT} of {len(self.rows)} predictions")
         return path
 
+    def conclude(self) -> None:
+        """Print the table, and write what is about all predictions together."""
+        if not self.as_json:
+            console.print_table(self.rows)
+        if self.out is not None and self.rows:
+            self.write_coco(self.out / "coco.json")
+            report = self.write_report(self.out, "SegCompass")
+            console.note(f"wrote {report} and the files beside it")
+
     def finish(self) -> None:
         """Leave with the exit code that the failures ask for, if there were any."""
         if self.failures and self.rows:

@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from segcompass.apps.pages import data_uri, render, visible
+from segcompass.apps.pages import data_uri, render
+from segcompass.apps.visible import visible
 from segcompass.explain.concept_cards import CLEAR, Card
 from segcompass.explain.concept_counts import EDGES
 from segcompass.explain.vocabulary import FAMILIES

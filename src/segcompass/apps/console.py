@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from segcompass.apps.visible import visible
 from segcompass.io.assets import MissingAssetError
 from segcompass.io.errors import SegCompassError, UnsafeFileError
 
@@ -46,7 +47,7 @@ def complain(error: BaseException, source: str | None = None) -> None:
         text = str(error) or type(error).__name__
     if source is not None and source not in text:
         text = f"{source}: {text}"
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {visible(text)}", file=sys.stderr)
 
 
 class CommandGroup(TyperGroup):
@@ -78,7 +79,8 @@ def print_table(rows: Sequence[Mapping[str, str]]) -> None:
     for name in rows[0]:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(value) for value in row.values()))  # Text: brackets are no markup
+        # Text: brackets are no markup
+        table.add_row(*(Text(visible(value)) for value in row.values()))
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
 
 

@@ -10,6 +10,7 @@ import typer
 
 from segcompass.apps import console
 from segcompass.apps.options import AsJson, Layout
+from segcompass.apps.visible import visible
 from segcompass.io.progress import progress
 
 app = typer.Typer(no_args_is_help=True, help="Make, check and convert data sets.")
@@ -86,7 +87,8 @@ def check(
     else:
         console.print_table([console.row(split._asdict()) for split in found.splits])
         for problem in found.problems:
-            print(f"{problem.sort.value}: {problem.file}: {problem.entry}: {problem.text}")
+            told = f"{problem.sort.value}: {problem.file}: {problem.entry}: {problem.text}"
+            print(visible(told))
         console.print_table([{"problem": k, "count": str(n)} for k, n in found.counts.items()])
     if Sort.UNSAFE.value in found.counts:
         raise typer.Exit(console.UNSAFE)

@@ -24,7 +24,7 @@ from segcompass.apps.options import (
     Threshold,
     load,
 )
-from segcompass.io.files import bytes_of, write_whole
+from segcompass.io.files import bytes_of, make_folder, write_whole
 from segcompass.io.progress import progress
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def analyze(
     samples = read_dataset(data, split, layout=layout and layout.value, limit=limit)
     if not samples:
         raise DataError(f"{data}: the split {split!r} holds no samples; choose another")
+    make_folder(out)
     loaded = load(model, device, dtype, revision)
     if cards or faithfulness:
         with_concepts(loaded.interface)  # refused before anything is answered
@@ -215,6 +216,8 @@ def intervene(
     from segcompass.io.outputs import dump_json
 
     edits = _edits(ablate or [], scale or [], steer or [])
+    if out is not None:
+        make_folder(out)
     loaded = load(model, device, dtype, revision)
     changed = intervene(loaded, _answer(loaded, source, instruction, threshold), edits)
     if out is not None:
@@ -222,10 +225,9 @@ def intervene(
         from segcompass.io.outputs import file_stem
         from segcompass.io.sheets import Entry, sheet
 
-        out.mkdir(parents=True, exist_ok=True)
         stem = f"{file_stem(changed.before)}.intervention"
-        entries = [Entry(changed.before), Entry(changed.after)]
-        picture = sheet(entries, "Before and after")
+        entries = [Entry(changed.before, label="Before"), Entry(changed.after, label="After")]
+        picture = sheet(entries, ", ".join(map(str, changed.edits)))
         png = bytes_of(lambda file: picture.save(file, format="PNG"))
         write_whole(out / f"{stem}.png", png)
         write_csv(out / f"{stem}.csv", changed.slot_rows())
@@ -259,13 +261,14 @@ def provenance(
     from segcompass.explain.provenance import provenance, table, to_json
     from segcompass.io.outputs import dump_json
 
+    if out is not None:
+        make_folder(out)
     loaded = load(model, device, dtype, revision)
     traced = provenance(loaded, _answer(loaded, source, instruction, threshold), slot or None)
     record = to_json(traced, top) | {"graph": graph.graph(traced, top)}
     if out is not None:
         from segcompass.io.outputs import file_stem
 
-        out.mkdir(parents=True, exist_ok=True)
         stem = f"{file_stem(traced[0].prediction)}.provenance"
         write_whole(out / f"{stem}.json", dump_json(record, indent=2) + "\n")
         write_whole(out / f"{stem}.dot", graph.to_dot(traced, top))

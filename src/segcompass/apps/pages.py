@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -20,8 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-# What a reader should not be fooled by: controls, and marks that reorder the text around them.
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+from segcompass.apps.visible import visible
 
 
 def render(template: str, *, styles: Sequence[str], scripts: Sequence[str], **context: Any) -> str:
@@ -46,18 +44,6 @@ def render(template: str, *, styles: Sequence[str], scripts: Sequence[str], **co
             f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
         )
     )
-
-
-def visible(text: str) -> str:
-    """Text in which nothing acts unseen: control and reordering characters become symbols."""
-
-    def symbol(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        if code < 0x20:
-            return chr(0x2400 + code)
-        return f"⟨U+{code:04X}⟩" if 0x2000 <= code < 0x2100 else "\ufffd"
-
-    return _HIDDEN.sub(symbol, text)
 
 
 def duration(seconds: float) -> str:

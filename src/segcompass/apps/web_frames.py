@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from segcompass.apps import report_layers as layers
-from segcompass.apps.pages import render, visible
+from segcompass.apps.pages import render
 from segcompass.apps.report import card
-from segcompass.explain.intervene import Edit, Intervention
+from segcompass.apps.visible import visible
+from segcompass.explain.intervene import Intervention
 from segcompass.explain.provenance import SlotProvenance, token_label
 from segcompass.interfaces.registry import find
 from segcompass.io.outputs import slot_colour
@@ -112,16 +113,12 @@ def comparison_frame(found: Intervention) -> str:
         scripts=["frame.js"],
         photo=layers.picture(found.before),
         ratio=f"{width} / {height}",
-        edits=", ".join(map(_said, found.edits)),
+        edits=", ".join(map(str, found.edits)),
         answer_iou=found.answer_iou,
         sides=[_side(name, prediction) for name, prediction in sides.items()],
         slots=[_slot(found, row) for row in found.slot_rows()],
     )
     return _frame(page, "Before and after the change")
-
-
-def _said(edit: Edit) -> str:
-    return f"Concept {edit.concept} " + (f"×{edit.factor:g}" if edit.factor else "off")
 
 
 def _side(name: str, prediction: Prediction) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from segcompass.evaluation.scoring import PairScore
 from segcompass.io.errors import DataError, SegCompassError
-from segcompass.io.files import read_object, write_whole
+from segcompass.io.files import make_folder, read_object, write_whole
 from segcompass.learning.engine.distributed import World
 
 ROWS, SETTINGS, METRICS = "samples.jsonl", "run.json", "metrics.json"
@@ -123,7 +123,7 @@ def read_scores(path: Path) -> Iterator[PairScore]:
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder this run's own, unless it is another's."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     described = out / SETTINGS
     if described.is_file():
         before = _facts(described)

@@ -175,10 +175,15 @@ class ConceptCounts:
             half.flush()
 
     def snippet(self, number: int, token: int, reach: int = 28) -> tuple[str, str, str]:
-        """What stands before a text token of an answer, the token, and what follows."""
+        """Whole words before a text token of an answer, the token, and words that follow."""
         text, starts = self.texts[number]
         begin, end = int(starts[token]), int(starts[token + 1])
-        return text[max(0, begin - reach) : begin], text[begin:end], text[end : end + reach]
+        before, after = text[max(0, begin - reach) : begin], text[end : end + reach]
+        if begin > reach:
+            before = f"… {before.partition(' ')[2] or before}"
+        if end + reach < len(text):
+            after = f"{after.rpartition(' ')[0] or after} …"
+        return before, text[begin:end], after
 
     def _half(self, sample: Sample) -> int:
         known = self.pictures.setdefault(sample.image_id, (len(self.pictures), sample.image_path))

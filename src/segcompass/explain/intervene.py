@@ -43,6 +43,13 @@ class Edit:
                 "concept >= 0, a finite factor >= 0 and a finite shift"
             )
 
+    def __str__(self) -> str:
+        """In words: "Concept 7 ×0.5"."""
+        parts = [f"×{self.factor:g}"] if self.factor not in (0, 1) else []
+        parts += ["off"] if self.factor == 0 else []
+        parts += [f"{self.shift:+g}"] if self.shift or not parts else []
+        return f"Concept {self.concept} {' '.join(parts)}"
+
     @classmethod
     def ablate(cls, concept: int) -> Edit:
         """Switch the concept off."""
