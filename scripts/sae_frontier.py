@@ -26,9 +26,11 @@ from segcompass.concepts.sparse_autoencoder import SparseAutoencoder
 from segcompass.concepts.sparse_codes import SparseCodes
 from segcompass.evaluation.benchmark import evaluate
 from segcompass.interfaces.concept_slots import with_concepts
+from segcompass.io.errors import ConfigError
 from segcompass.io.progress import progress
 from segcompass.learning import train
 from segcompass.learning.config import load_config
+from segcompass.learning.engine.distributed import World
 from segcompass.learning.train_sae import REPORT, train_sae
 from segcompass.pipeline import SegCompass
 
@@ -47,10 +49,14 @@ PATHS = {"both": "gIoU", "concepts": "gIoU, concepts alone"}
 def sweep(config_path: Path, weights: Sequence[float], overrides: Sequence[str]) -> list[Path]:
     """Train one SAE for each weight; returns their folders."""
     config = load_config(config_path, list(overrides))
+    if config.train_sae is None:
+        raise ConfigError(
+            f"{config_path} has no section train_sae; it says how the autoencoders are trained"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     train.write_data(config)
-    policy = train.warm_policy(config)
+    policy = train.warm_policy(config).to(World.current().device)
     cache = config.train_sae.cache or config.run / "frontier/states"
     folders = []
     for weight in weights:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import LAYERS, WIDTH, tiny_llava_policy, tiny_qwen_policy, tiny_sae
+from tiny import LAYERS, WIDTH, policy_config, tiny_llava_policy, tiny_qwen_policy, tiny_sae
 
 from segcompass.io.assets import MissingAssetError
 from segcompass.io.checkpoints import BINDING
 from segcompass.io.errors import CheckpointError, ConfigError
 from segcompass.learning.arms import Experiment
 from segcompass.learning.config import PolicySource, RunConfig, load_config, read_settings
-from segcompass.learning.fit import check_policy, check_sae, check_start, picture_limits
+from segcompass.learning.fit import (
+    check_pixels,
+    check_policy,
+    check_sae,
+    check_start,
+    picture_limits,
+)
+from segcompass.learning.train import start_policy, warm_policy
 from segcompass.model_folder import ModelConfig
 from segcompass.reasoning.from_scratch import ScratchConfig
 from segcompass.reasoning.policy import PolicyConfig
@@ -81,6 +89,43 @@ def test_an_sae_that_does_not_say_its_layer_is_taken(tmp_path: Path) -> None:
     tiny_sae().save(tmp_path)
     assert "hook_layer" not in json.loads((tmp_path / "cfg.json").read_text())["metadata"]
     check_sae(tmp_path, WIDTH, 7)
+
+
+def limited(pixels: list[int] | None, source: Path | str = "scratch") -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": "run",
+            "data": {"root": "d", "image_pixels": pixels},
+            "policy": {"source": str(source), "use": policy_config("qwen2_5_vl").model_dump()},
+            "train_joint": {"steps": 1, "learning_rate": 1e-3},
+        }
+    )
+
+
+def test_limits_on_pictures_are_those_of_the_warm_policy(qwen: Path, llava: Path) -> None:
+    check_pixels(limited([1024, 4096], qwen), qwen)
+    check_pixels(limited([1, 2], qwen))  # to be warmed up: it gets them
+    check_pixels(limited(None, qwen), qwen)
+    check_pixels(limited(None), qwen)
+    with pytest.raises(ConfigError, match=rf"is \[1024, 9999\], but {qwen} .* \[1024, 4096\]; set"):
+        check_pixels(limited([1024, 9999], qwen), qwen)
+    with pytest.raises(ConfigError, match=rf"is \[1, 2\], but {llava} .* one size for all"):
+        check_pixels(limited([1, 2], llava), llava)
+
+
+def test_a_policy_from_scratch_has_no_limits_on_pictures() -> None:
+    with pytest.raises(ConfigError, match=r"scratch sees .* at 128x128 px; take .*pixels out"):
+        check_pixels(limited([3136, 705600]))
+
+
+def test_a_policy_is_never_loaded_with_other_limits(qwen: Path, tmp_path: Path) -> None:
+    config = limited([1024, 9999], qwen).model_copy(update={"run": tmp_path})
+    assert warm_policy(config).backbone.image_processor.size["longest_edge"] == 9999
+    shutil.copytree(qwen, tmp_path / "policy")
+    with pytest.raises(ConfigError, match=r"is \[1024, 9999\], but"):
+        warm_policy(config)
+    with pytest.raises(ConfigError, match="scratch sees"):
+        start_policy(limited([1, 2]))
 
 
 # A model to start from -------------------------------------------------------------------------

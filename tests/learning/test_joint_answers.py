@@ -313,11 +313,18 @@ def test_the_reference_is_where_the_stage_began(joint: Callable[..., JointStep])
     assert second["kl"].item() > 1e-3
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
 def test_after_supervised_steps_the_reference_is_what_they_made(
-    assemble: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: dict[str, int] | None,
+    assemble: Callable[..., Parts],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def rows(folder: str, **changes: Any) -> list[dict[str, float]]:
-        chosen = stage(oracle_steps=2, steps=4, language_weight=1.0, save_every=1, **changes)
+    if lora:
+        pytest.importorskip("peft")
+
+    def rows(folder: str) -> list[dict[str, float]]:
+        chosen = stage(oracle_steps=2, steps=4, language_weight=1.0, save_every=1, lora=lora)
         parts = assemble()
         with answers_of(*LENGTHS):
             train_joint(*parts, chosen, tmp_path / folder)

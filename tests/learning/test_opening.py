@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from recipes import write_config, write_llava_config
-from tiny import tiny_model_folder
+from tiny import tiny_model_folder, tiny_qwen_policy
 
+from segcompass.data.instances import SIDE_FILE
 from segcompass.io.assets import MissingAssetError
 from segcompass.io.errors import CheckpointError, ConfigError, DataError
 from segcompass.learning import opening, train
@@ -118,3 +120,70 @@ def test_what_is_there_already_is_read_with_its_own_tokenizer(
     opening.check_data(alone, ["joint"])
     start = tiny_model_folder(tmp_path / "model")
     opening.check_data(load_config(warm_config, [f"train_joint.start={start}"]), ["joint"])
+
+
+# Data without chains of thought ----------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(scenes_root: Path, tmp_path: Path) -> Path:
+    """The scenes as RefCOCO would have them: questions and masks, and nobody's reasons."""
+    root = tmp_path / "bare"
+    shutil.copytree(scenes_root, root)
+    for side in root.rglob(SIDE_FILE):
+        side.unlink()
+    return root
+
+
+@pytest.mark.usefixtures("no_stage")
+def test_data_without_thoughts_has_nothing_for_the_language_stage(
+    bare: Path, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, bare, train_vision=None)
+    with pytest.raises(ConfigError, match=rf"none of the \d+ samples of {bare} has one; take"):
+        run(path)
+    opening.check_data(load_config(path, ["train_language=null"]), ["warmup", "joint"])
+
+
+@pytest.mark.usefixtures("no_stage")
+@pytest.mark.parametrize("teaches", ["oracle_steps=1", "rehearse=true"])
+def test_an_empty_thought_is_never_taught(teaches: str, bare: Path, tmp_path: Path) -> None:
+    joint = {"steps": 2, "batch": 2, "learning_rate": 1e-3}
+    path = write_config(tmp_path, bare, train_language=None, train_joint=joint)
+    settings = ["train_joint.language_weight=0.5", f"train_joint.{teaches}"]
+    with pytest.raises(ConfigError, match=rf"is 0\.5, .* of {bare} have no chain .*_weight: 0"):
+        run(path, *settings)
+    for harmless in settings:  # no language loss, or the policy's own answers alone
+        opening.check_data(load_config(path, [harmless]), ["joint"])
+
+
+def test_only_the_samples_that_are_trained_on_need_a_thought(
+    bare: Path, scenes_root: Path, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, scenes_root)
+    mixed = [f"data.also=[{{root: {bare}, limit: 3}}]", "train_joint.language_weight=1"]
+    opening.check_data(load_config(path, mixed), ["warmup"])  # which leaves the others out
+    with pytest.raises(ConfigError, match=rf"3 of \d+ samples of {scenes_root}, {bare} have no"):
+        opening.check_data(load_config(path, mixed), ["joint"])
+    opening.check_data(load_config(path, [*mixed, "train_joint.samples=4"]), ["joint"])
+
+
+# Limits on pictures ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_stage")
+def test_limits_on_pictures_that_would_change_nothing_are_named_at_once(
+    scenes_root: Path, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, scenes_root)
+    with pytest.raises(ConfigError, match=r"is \[1024, 4096\], but .*scratch .* 64x64 px"):
+        run(path, "data.image_pixels=[1024,4096]")
+    folder = tiny_qwen_policy(tmp_path / "run/policy")  # as warm-up left it
+    wide = [f"policy.source={folder}", "data.image_pixels=[1024,16384]"]
+    told = rf"\[1024, 16384\], but {folder} was trained with \[1024, 4096\]"
+    for stage in ("sae", "joint"):
+        with pytest.raises(ConfigError, match=told):
+            run(path, *wide, stage=stage)
+    same = load_config(path, [wide[0], "data.image_pixels=[1024,4096]"])
+    opening.check_settings(same, ["sae", "joint"])
+    opening.check_settings(load_config(path, wide), ["segmenter", "warmup"])  # warms up anew

@@ -12,10 +12,11 @@ from tiny import policy_config, tiny_qwen_policy, tiny_sam
 from segcompass.data.samples import read_images
 from segcompass.grounding.image_encoder import ImageEncoder
 from segcompass.io.errors import ConfigError
+from segcompass.io.images import load_image
 from segcompass.learning import questions
 from segcompass.learning.corpus import BlockMemo
 from segcompass.learning.engine.distributed import start
-from segcompass.learning.questions import PictureMemo
+from segcompass.learning.questions import PictureMemo, key_memo
 from segcompass.reasoning.loading import load_policy
 
 
@@ -47,3 +48,19 @@ def test_what_does_not_fit_is_refused(
     paths = [record.image_path for record in read_images(scenes_root, "train")]
     with pytest.raises(ConfigError, match="segcompass data features"):
         questions.PictureMemo(policy, ImageEncoder(tiny_sam()), paths, None)
+
+
+def test_keys_are_made_of_one_picture_at_a_time(scenes_root: Path) -> None:
+    """What `train plan` counts, and what comes of a picture does not depend on the others."""
+    encoder = ImageEncoder(tiny_sam())
+    paths = list(dict.fromkeys(r.image_path for r in read_images(scenes_root, "train")))
+    shown: list[int] = []
+    hook = encoder.register_forward_pre_hook(lambda _, pixels: shown.append(len(pixels[0])))
+    memo = key_memo(encoder, paths)
+    found = [memo(path) for path in paths]
+    hook.remove()
+    assert len(paths) > 1 and set(shown) == {1}
+    with torch.no_grad():
+        for path, keys in zip(paths, found, strict=True):
+            alone = encoder(encoder.preprocess([load_image(path)])[0])[0]
+            torch.testing.assert_close(keys, alone.bfloat16(), rtol=0, atol=0)

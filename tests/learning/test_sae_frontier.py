@@ -12,7 +12,10 @@ from recipes import stage, write_llava_config
 
 from segcompass.concepts.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
 from segcompass.interfaces.concept_slots import with_concepts
+from segcompass.io.errors import ConfigError
+from segcompass.learning.engine.distributed import World
 from segcompass.pipeline import SegCompass
+from segcompass.reasoning.policy import Policy
 
 
 def test_one_row_for_each_weight(
@@ -65,3 +68,26 @@ def test_masks_are_judged_through_each_autoencoder(
     assert seen == [wanted[0], wanted[0], wanted[1], wanted[1]]
     table = sae_frontier.table([], [found])
     assert table.splitlines()[-1].endswith("| 0.500 | 0.250 |")
+
+
+def test_the_policy_is_read_on_the_worlds_device(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is a GPU where there is one; meta stands in for it."""
+    devices: list[str] = []
+
+    def seen(policy: Policy, *_: object) -> SparseAutoencoder:
+        devices.append(policy.model.device.type)
+        return SparseAutoencoder(SparseAutoencoderConfig(d_in=4, d_sae=8))
+
+    there = World(0, 1, torch.device("meta"))
+    monkeypatch.setattr(World, "current", classmethod(lambda _cls: there))
+    monkeypatch.setattr(sae_frontier, "train_sae", seen)
+    sae_frontier.sweep(write_llava_config(tmp_path, scenes_root), [1.0], [])
+    assert devices == ["meta"]
+
+
+def test_a_config_without_the_stage_is_named(scenes_root: Path, tmp_path: Path) -> None:
+    path = write_llava_config(tmp_path, scenes_root, train_sae=None)
+    with pytest.raises(ConfigError, match=rf"{path} has no section train_sae"):
+        sae_frontier.main([str(path), "--l1", "1"])

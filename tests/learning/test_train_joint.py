@@ -303,7 +303,7 @@ def forced_answers(rollouts: Rollouts, questions: Questions, rewards: Tensor) ->
 
 
 def test_a_model_that_never_writes_the_form_is_shown_it(joint: Callable[..., JointStep]) -> None:
-    """While the form is forced its ending is taught; afterwards it has to be earned."""
+    """While the form is forced it is taught; afterwards it has to be earned."""
     step = joint(batch=2, rollout={"forced_steps": 1})
     torch.manual_seed(0)
     taught, alone = (values for number in range(2) for values in step(number))
@@ -311,16 +311,18 @@ def test_a_model_that_never_writes_the_form_is_shown_it(joint: Callable[..., Joi
     assert "form" not in alone
     rollouts, questions, _, hidden = answered(step)
     terms = step.reinforcement(forced_answers(rollouts, questions, torch.rand(4)), hidden)
-    ending = len(step.policy.prompt.ending)
-    assert len(terms["form"]) == 4 * ending
+    opening, ending = len(step.policy.prompt.open_ids), len(step.policy.prompt.ending)
+    assert len(terms["form"]) == 4 * (opening + ending)
     logits = step.policy.language_logits(hidden[:, :-1]).float()
     logits[..., step.policy.backbone.placeholder_ids] = -torch.inf
     ids, row = rollouts.sequences.ids, 1  # its answer is the longest: it ends with the sequence
-    wanted = logits[row, -ending:].log_softmax(-1).gather(1, ids[row, -ending:, None])[:, 0]
-    torch.testing.assert_close(terms["form"][ending : 2 * ending], -wanted)
+    told = logits[row].log_softmax(-1).gather(1, ids[row, 1:, None])[:, 0]
+    first = int(rollouts.is_answer[row].nonzero()[0]) - 1
+    wanted = torch.cat([told[first : first + opening], told[-ending:]])
+    torch.testing.assert_close(terms["form"].view(4, -1)[row], -wanted)
 
 
-def test_a_forced_ending_is_no_merit(joint: Callable[..., JointStep]) -> None:
+def test_a_forced_form_is_no_merit(joint: Callable[..., JointStep]) -> None:
     """Its tokens were not the policy's choice: their reward moves nothing."""
     step = joint(batch=2, grpo={"kl": 0.0})
     rollouts, questions, _, hidden = answered(step)
@@ -328,9 +330,27 @@ def test_a_forced_ending_is_no_merit(joint: Callable[..., JointStep]) -> None:
     rewards = torch.tensor([1.0, 0.0, 0.5, 1.0])
     terms = step.reinforcement(forced_answers(rollouts, questions, rewards), hidden)
     terms["policy"].sum().backward()
-    ending = len(step.policy.prompt.ending)
-    written = hidden.grad.abs().sum(-1) > 0
-    assert written[1].sum() > 0 and not written[1, -ending - 1 :].any()
+    opening, ending = len(step.policy.prompt.open_ids), len(step.policy.prompt.ending)
+    reached = hidden.grad.abs().sum(-1) > 0
+    first = int(rollouts.is_answer[1].nonzero()[0]) - 1  # where its first token is decided
+    assert reached[1, first + opening : -ending - 1].all()
+    assert not reached[1, : first + opening].any() and not reached[1, -ending - 1 :].any()
+
+
+def test_a_forced_form_is_no_drift(joint: Callable[..., JointStep]) -> None:
+    """Nor does the reference have a say in it."""
+    step = joint(batch=2, rl_weight=1.0, grpo={"kl": 0.5})
+    rollouts, questions, _, hidden = answered(step)
+    hidden = hidden.detach().requires_grad_()
+    former = step.reference.backbone.final_norm.weight
+    former.copy_(1 + torch.rand_like(former))
+    terms = step.reinforcement(forced_answers(rollouts, questions, torch.ones(4)), hidden)
+    terms["policy"].sum().backward()
+    opening, ending = len(step.policy.prompt.open_ids), len(step.policy.prompt.ending)
+    first = int(rollouts.is_answer[1].nonzero()[0]) - 1
+    reached = hidden.grad[1].abs().sum(-1) > 0
+    assert reached[first + opening : -ending - 1].all()
+    assert reached.sum() == len(reached[first + opening : -ending - 1])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

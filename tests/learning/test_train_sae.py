@@ -23,6 +23,7 @@ from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.distributed import World, start
 from segcompass.learning.stages import SaeStage
 from segcompass.learning.train_sae import REPORT, open_states, train_sae
+from segcompass.learning.watching.watch import TensorBoard
 from segcompass.reasoning.loading import load_policy
 from segcompass.reasoning.policy import Policy
 
@@ -315,6 +316,28 @@ def test_samples_to_train_on_are_not_held_out(
     _, groups = open_states(policy, config_of(tmp_path, scenes_root, settings), settings)
     assert [len(g.positions) for g in groups.training[0]] == [2, 2]
     assert [g.positions for g in groups.held_out] == [(4, 5)]
+
+
+def test_all_ranks_together_keep_to_the_cache(
+    policy: Policy, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(World, "current", classmethod(lambda _: World(1, 4, torch.device("cpu"))))
+    settings = plan(samples=4, held_out=2, cache=tmp_path / "states", cache_gb=2.0)
+    reader, _ = open_states(policy, config_of(tmp_path, scenes_root, settings), settings)
+    assert reader.cache is not None and reader.cache.room == 500_000_000
+
+
+def test_figures_go_to_tensorboard_where_that_is_wanted(
+    policy: Policy, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(TensorBoard, "__call__", lambda _self, step, _row: seen.append(step))
+    settings = plan(2, **STREAMED)
+    config = config_of(tmp_path, scenes_root, settings)
+    for wanted in (False, True):
+        told = config.model_copy(update={"tensorboard": wanted})
+        train_sae(policy, told, settings, tmp_path / str(wanted))
+    assert seen == [1, 2]
 
 
 # --- ranks

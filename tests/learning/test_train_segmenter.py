@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import write_config
+from recipes import stage, write_config
 from tiny import tiny_sam
 
 from segcompass.data.samples import ImageRecord, read_images
@@ -20,6 +20,7 @@ from segcompass.learning import train_segmenter as train_segmenter_module
 from segcompass.learning.config import load_config
 from segcompass.learning.engine.distributed import World
 from segcompass.learning.train_segmenter import _prompts, train_segmenter
+from segcompass.learning.watching.watch import TensorBoard
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_pictures_with_few_things_give_what_they_have(records: list[ImageRecord]
 class MetaLoop:
     """Takes a step of each kind on the meta device, where tensors of the CPU are an error."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         self.world = World(0, 1, torch.device("meta"))
 
     def resume(self) -> None: ...
@@ -88,3 +89,16 @@ def test_pictures_prompts_and_targets_go_where_the_segmenter_is(
     config = load_config(write_config(tmp_path, scenes_root))
     assert config.train_segmenter is not None
     train_segmenter(tiny_sam().to("meta"), config, config.train_segmenter, tmp_path)
+
+
+def test_figures_go_to_tensorboard_where_that_is_wanted(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(TensorBoard, "__call__", lambda _self, step, _row: seen.append(step))
+    path = write_config(tmp_path, scenes_root, train_segmenter=stage(2, prompts=1))
+    for wanted in ("false", "true"):
+        config = load_config(path, [f"tensorboard={wanted}"])
+        assert config.train_segmenter is not None
+        train_segmenter(tiny_sam(), config, config.train_segmenter, tmp_path / wanted)
+    assert seen == [1, 2]

@@ -14,12 +14,18 @@ from torch import Tensor
 
 from segcompass.data.samples import read_dataset
 from segcompass.io.images import load_image
-from segcompass.learning import train, train_warmup
+from segcompass.learning import grpo, train, train_warmup
 from segcompass.learning.config import load_config
 from segcompass.learning.corpus import DENSE_TARGETS, IGNORED, repeated
 from segcompass.learning.engine.distributed import World
-from segcompass.learning.train_warmup import DenseHeads, answer_losses, train_vision
+from segcompass.learning.train_warmup import (
+    DenseHeads,
+    answer_losses,
+    answer_tokens,
+    train_vision,
+)
 from segcompass.reasoning.loading import load_policy
+from segcompass.reasoning.policy import Policy
 from segcompass.types import TokenKind
 
 CELLS = 4
@@ -63,9 +69,13 @@ def test_a_batch_without_any_such_cell_has_a_loss() -> None:
     assert loss.item() == 0
 
 
-def test_answers_are_judged_token_by_token(tmp_path: Path, scenes_root: Path) -> None:
+@pytest.fixture
+def policy(tmp_path: Path) -> Policy:
+    return load_policy(tiny_qwen_policy(tmp_path / "policy"), policy_config("qwen2_5_vl"))
+
+
+def test_answers_are_judged_token_by_token(policy: Policy, scenes_root: Path) -> None:
     """Thought, concentration tokens and end-of-text count; prompt and padding do not."""
-    policy = load_policy(tiny_qwen_policy(tmp_path / "policy"), policy_config("qwen2_5_vl"))
     samples = read_dataset(scenes_root, "train")[:2]
     visuals = [policy.backbone.prepare(load_image(s.image_path)) for s in samples]
     instructions, thoughts = [s.instruction for s in samples], ["red", "the red mug at b3."]
@@ -85,6 +95,35 @@ def test_answers_are_judged_token_by_token(tmp_path: Path, scenes_root: Path) ->
     assert losses.tolist() == pytest.approx([-said for said in log_probabilities], rel=1e-4)
     assert right.tolist() == hits
     assert (sequences.kinds == TokenKind.PADDING).any()  # one of them is shorter
+
+
+def test_answers_are_judged_in_chunks(
+    policy: Policy, scenes_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, hits and gradients of all logits at once, which are gigabytes for a 7B policy."""
+    samples = read_dataset(scenes_root, "train")[:2]
+    visuals = [policy.backbone.prepare(load_image(s.image_path)) for s in samples]
+    thoughts = ["red", "the red mug at b3."]
+    sequences = policy.encode(visuals, [s.instruction for s in samples], thoughts)
+    hidden = torch.randn(*sequences.ids.shape, policy.width, requires_grad=True)
+    head = policy.model.get_output_embeddings().weight.requires_grad_()
+    asked: list[int] = []
+    plain = policy.language_logits
+    monkeypatch.setattr(policy, "language_logits", lambda z: (asked.append(len(z)), plain(z))[1])
+    monkeypatch.setattr(grpo, "_CHUNK", 5)
+
+    losses, right = answer_losses(policy, sequences, hidden)
+    found = torch.autograd.grad(losses.square().sum(), [hidden, head])
+    assert max(asked) == 5 and sum(asked) == 2 * len(losses)  # once more for the backward pass
+
+    at = answer_tokens(sequences)[:, 1:]
+    logits, ids = plain(hidden[:, :-1][at]).float(), sequences.ids[:, 1:][at]
+    wanted = torch.nn.functional.cross_entropy(logits, ids, reduction="none")
+    torch.testing.assert_close(losses, wanted)
+    assert torch.equal(right, logits.argmax(-1) == ids)
+    gradients = torch.autograd.grad(wanted.square().sum(), [hidden, head])
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_questions_that_nothing_matches_are_asked_as_often_as_told(scenes_root: Path) -> None:

@@ -59,6 +59,11 @@ def repeated(samples: Iterable[Sample], no_target: int) -> list[Sample]:
     return [s for s in samples for _ in range(1 if s.targets else no_target)]
 
 
+def has_thought(sample: Sample) -> bool:
+    """Whether the data set says how the sample's answer is reasoned; only some data sets do."""
+    return bool((sample.thought or "").strip())
+
+
 def read_pictures(data: DataConfig) -> list[ImageRecord]:
     """The configured training pictures with all their things (scenes only)."""
     return read_images(data.root, data.split)[: data.limit]

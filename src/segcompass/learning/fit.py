@@ -55,6 +55,41 @@ def check_policy(source: PolicySource, warm: Path | None = None) -> None:
         )
 
 
+def check_pixels(config: RunConfig, warm: Path | None = None) -> None:
+    """Refuse `data.image_pixels` where it would change nothing.
+
+    A warm policy keeps the limits that it was trained with, and one from scratch sees every
+    picture at one size. A model to start from is the matter of :func:`check_start`.
+
+    Args:
+        config: Of the run.
+        warm: The policy folder of the run, if that is what is read.
+
+    Raises:
+        ConfigError: naming what the config asks for, and what the policy has.
+        CheckpointError: if the settings of the warm policy's image processor are damaged.
+    """
+    limits = config.data.image_pixels
+    if limits is None:
+        return
+    asked = f"data.image_pixels is {list(limits)}"
+    if config.policy.source == "scratch":
+        side = config.policy.scratch.image_side
+        raise ConfigError(
+            f"{asked}, but policy.source: scratch sees every picture at {side}x{side} px; take "
+            "data.image_pixels out, or set policy.scratch.image_side"
+        )
+    if warm is not None and (there := picture_limits(warm)) != limits:
+        raise ConfigError(
+            f"{asked}, but {warm} was trained with {_limits(there)}; set that, or take it out. To "
+            "have others, set another `run` folder, or delete this one, and warm up again"
+        )
+
+
+def _limits(there: tuple[int, int] | None) -> str:
+    return str(list(there)) if there else "one size for all"
+
+
 def check_sae(folder: Path, width: int, layer: int) -> None:
     """Compare an SAE's description with the policy whose states it is to read.
 
@@ -148,7 +183,7 @@ def _differences(config: RunConfig, folder: Path, model: ModelConfig) -> Iterato
         yield from _unlike_policy(config.policy, folder, model)
     limits = config.data.image_pixels
     if limits is not None and (there := picture_limits(folder)) != limits:
-        yield "data.image_pixels", list(limits), list(there) if there else "one size for all"
+        yield "data.image_pixels", list(limits), _limits(there)
 
 
 def _unlike_policy(asked: PolicySource, folder: Path, model: ModelConfig) -> Iterator[_Difference]:

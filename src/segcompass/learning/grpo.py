@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -96,8 +97,7 @@ def answer_log_probs(
     """Log-probability of every answer token given what stands before it; 0 elsewhere.
 
     Rollout, reference and training use this one function, so their ratios compare like with like:
-    same temperature, and the tokens that sampling forbids have no probability. Logits live for a
-    chunk of positions only, and are made again for the backward pass.
+    same temperature, and the tokens that sampling forbids have no probability.
 
     Args:
         policy: Its language head turns states into logits.
@@ -109,14 +109,27 @@ def answer_log_probs(
     before = hidden[:, : ids.shape[1] - 1][mask[:, 1:]]
     targets = ids[:, 1:][mask[:, 1:]]
 
-    def some(states: Tensor, wanted: Tensor) -> Tensor:
+    def some(states: Tensor, wanted: Tensor) -> tuple[Tensor]:
         logits = policy.language_logits(states).float() / temperature
         logits[:, policy.backbone.placeholder_ids] = -torch.inf
-        return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+        return (logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1),)
 
-    chunks = zip(torch.split(before, _CHUNK), torch.split(targets, _CHUNK), strict=True)
-    parts = [checkpoint(some, *chunk, use_reentrant=False) for chunk in chunks]
+    (found,) = in_chunks(some, before, targets)
     result = before.new_zeros(mask.shape, dtype=torch.float32)
-    if parts:
-        result[:, 1:][mask[:, 1:]] = torch.cat(parts)
+    result[:, 1:][mask[:, 1:]] = found
     return result
+
+
+def in_chunks(
+    judge: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    states: Float[Tensor, "n D"],
+    targets: Int[Tensor, "n"],
+) -> tuple[Tensor, ...]:
+    """What ``judge`` says of n states and the tokens that follow them, one row for each.
+
+    The logits that it makes live for a chunk of positions only, and are made again for the
+    backward pass: all of a batch at once would be gigabytes.
+    """
+    chunks = zip(torch.split(states, _CHUNK), torch.split(targets, _CHUNK), strict=True)
+    parts = [checkpoint(judge, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from segcompass.interfaces.registry import find
 from segcompass.io.errors import CheckpointError, ConfigError
 from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig
-from segcompass.learning.fit import check_start, start_config
+from segcompass.learning.corpus import has_thought
+from segcompass.learning.fit import check_pixels, check_start, start_config
 from segcompass.learning.train_scorer import source_of
 from segcompass.reasoning.from_scratch import build_tokenizer
 from segcompass.reasoning.policy import PolicyConfig
@@ -30,12 +31,13 @@ def check_settings(config: RunConfig, stages: Collection[str]) -> None:
 
     Raises:
         ConfigError: if an optional package is missing, the answers' form is not the interface's,
-            or the model to start from is not what the config asks for.
+            or the policy or the model to start from is not what the config asks for.
         CheckpointError, MissingAssetError: if that model is damaged, or not there.
         DataError: if the documents for the SAE are not there.
     """
     if "sae" in stages and config.train_sae is not None and config.train_sae.documents is not None:
         DocumentSet(config.train_sae.documents)
+    _check_pictures(config, stages)
     if "joint" not in stages:
         return
     joint = config.train_joint
@@ -55,6 +57,15 @@ def check_settings(config: RunConfig, stages: Collection[str]) -> None:
         )
 
 
+def _check_pictures(config: RunConfig, stages: Collection[str]) -> None:
+    """Whether the policy that the stages begin with has the config's limits on pictures."""
+    warm = config.run / "policy"
+    if "warmup" in stages:
+        check_pixels(config)
+    elif "sae" in stages or ("joint" in stages and config.train_joint.start is None):
+        check_pixels(config, warm if warm.is_dir() else None)
+
+
 def _needs(setting: str, package: str, extra: str) -> None:
     if sys.modules.get(package) is None and find_spec(package) is None:
         raise ConfigError(
@@ -67,10 +78,42 @@ def check_data(config: RunConfig, stages: Collection[str]) -> None:
     """Look through the training samples, their instructions included.
 
     Raises:
+        ConfigError: if a stage is to teach chains of thought that the data does not have.
         DataError: if samples cannot be trained on; see :func:`training_samples`.
         CheckpointError: if the policy's tokenizer cannot be read.
     """
-    training_samples(config.data, _prompt(config, stages), config.run)
+    samples = training_samples(config.data, _prompt(config, stages), config.run)
+    if "warmup" in stages and config.train_language is not None:
+        _check_language(config, samples)
+    if "joint" in stages:
+        _check_given(config, samples[: config.train_joint.samples])
+
+
+def _check_language(config: RunConfig, samples: Sequence[Sample]) -> None:
+    """Warm-up leaves out what has no chain of thought; something must be left."""
+    if not any(map(has_thought, samples)):
+        raise ConfigError(
+            f"train_language teaches chains of thought, and none of the {len(samples):,} samples "
+            f"of {_sets(config)} has one; take train_language out, or train on data that has them"
+        )
+
+
+def _check_given(config: RunConfig, samples: Sequence[Sample]) -> None:
+    """An answer without a thought must not be taught: the reward for the form rates it 0."""
+    joint = config.train_joint
+    teaches = joint.language_weight > 0 and (joint.oracle_steps > 0 or joint.rehearse)
+    bare = [s for s in samples if not has_thought(s)]
+    if teaches and bare:
+        raise ConfigError(
+            f"train_joint.language_weight is {joint.language_weight:g}, so the data set's own "
+            f"answers are taught, but {len(bare):,} of {len(samples):,} samples of "
+            f"{_sets(config)} have no chain of thought, first {bare[0].sample_id}; "
+            "set train_joint.language_weight: 0, or train on data that has them"
+        )
+
+
+def _sets(config: RunConfig) -> str:
+    return ", ".join(str(part.root) for part in config.data.sets)
 
 
 def _prompt(config: RunConfig, stages: Collection[str]) -> Prompt | None:

@@ -87,11 +87,15 @@ class PictureMemo:
 
 
 def key_memo(encoder: ImageEncoder, paths: Iterable[Path]) -> BlockMemo[Tensor]:
-    """Image keys of the frozen encoder, (C, h, w) for every picture, in half precision."""
+    """Image keys of the frozen encoder, (C, h, w) for every picture, in half precision.
+
+    The encoder is shown one picture at a time: of ViT-H, the attention maps of one take 2 GB.
+    """
 
     @torch.no_grad()
-    def make(block: list[Path]) -> list[Tensor]:
-        pixels, _ = encoder.preprocess([load_image(path) for path in block])
-        return [keys.bfloat16().clone() for keys in encoder(pixels)]
+    def one(path: Path) -> Tensor:
+        pixels, _ = encoder.preprocess([load_image(path)])
+        keys: Tensor = encoder(pixels)[0]
+        return keys.bfloat16()
 
-    return BlockMemo(make, paths)
+    return BlockMemo(lambda block: [one(path) for path in block], paths)

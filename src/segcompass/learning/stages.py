@@ -70,7 +70,7 @@ class SaeStage(OptimizerConfig, frozen=True):
     buffer: int = Field(1 << 19, ge=2, description="tokens in memory, of which batches are drawn")
     shuffle: bool = Field(True, description="mix the tokens of different sequences")
     cache: Path | None = Field(None, description="folder of states in bf16, for later epochs, runs")
-    cache_gb: float = Field(64.0, gt=0, description="most that the cache folder may hold")
+    cache_gb: float = Field(64.0, gt=0, description="most the cache folder may hold, of all ranks")
     statistics: int = Field(1 << 16, ge=1, description="tokens that mean and scale are taken from")
 
     scale_inputs: bool = Field(True, description="to norm sqrt(D); folded into the finished SAE")
@@ -200,7 +200,7 @@ class JointStage(OptimizerConfig, frozen=True):
         False, description="in steps with rollouts, teach the data set's own answers as well"
     )
     form_weight: float = Field(
-        1.0, ge=0, description="cross-entropy of a forced ending (rollout.forced_steps)"
+        1.0, ge=0, description="cross-entropy of a forced form (rollout.forced_steps)"
     )
     order_weight: float = Field(0.0, ge=0, description="see learning/matching.py")
     drop_tokens: float = Field(

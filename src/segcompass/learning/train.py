@@ -36,7 +36,7 @@ from segcompass.learning.engine.lora import merged_state
 from segcompass.learning.engine.sharding import full_state
 from segcompass.learning.engine.states import saved_states, saved_step
 from segcompass.learning.engine.token_rows import with_token_rows
-from segcompass.learning.fit import check_policy, check_sae, check_start
+from segcompass.learning.fit import check_pixels, check_policy, check_sae, check_start
 from segcompass.learning.opening import check_data, check_settings, texts_of
 from segcompass.learning.planning.features import limit_pixels
 from segcompass.learning.train_joint import train_joint
@@ -223,6 +223,7 @@ def start_policy(config: RunConfig) -> Policy:
     """The policy that warm-up begins with."""
     source = config.policy
     check_policy(source)
+    check_pixels(config)
     if source.source != "scratch":
         policy = load_policy(source.source, source.use, dtype=getattr(torch, source.dtype))
         limit_pixels(policy.backbone, config.data.image_pixels)
@@ -241,6 +242,7 @@ def warm_policy(config: RunConfig) -> Policy:
             _made_by("warmup", folder)
         return start_policy(config)
     check_policy(config.policy, folder)
+    check_pixels(config, folder)
     return load_policy(folder, config.policy.use, dtype=getattr(torch, config.policy.dtype))
 
 

@@ -124,7 +124,8 @@ class JointStep:
         self.questions = self.pictures.questions
         learns = stage.rl_weight > 0 and stage.oracle_steps < stage.steps
         self.penalised = learns and stage.grpo.kl > 0
-        copied = self.penalised and stage.lora is None  # else its adapters are switched off
+        # Adapters can be switched off, which gives the policy as it was before any step.
+        copied = self.penalised and (stage.lora is None or stage.oracle_steps > 0)
         self.reference = frozen_copy(policy) if copied else None
         self.sampler: Sampler | None = None
         if stage.rollout.backend == "vllm":
@@ -222,7 +223,7 @@ class JointStep:
             rows = sum(len(a.well_formed) for a in written)
             counts |= dict.fromkeys(("policy", "kl", "clipped"), rows)
             if written[0].forced:
-                counts["form"] = sum(int(self.ending(a).sum()) for a in written)
+                counts["form"] = sum(int(self.form_tokens(a).sum()) for a in written)
         return counts
 
     def terms(self, part: Answers) -> tuple[Terms, Float[Tensor, "B L D"]]:
@@ -246,10 +247,10 @@ class JointStep:
         return {"language": language}
 
     def reinforcement(self, part: Answers, hidden: Float[Tensor, "B L D"]) -> Terms:
-        """GRPO's loss and the KL divergence of every answer; what a forced ending costs.
+        """GRPO's loss and the KL divergence of every answer; what a forced form costs.
 
         A model that never writes the form by itself earns nothing to learn from: while the form
-        is forced, the ending is taught by cross-entropy, and only the thought by its reward.
+        is forced, it is taught by cross-entropy, and only the thought by its reward.
         """
         assert part.log_probs is not None and part.advantages is not None
         tokens = (part.sequences.ids, part.is_answer, self.stage.rollout.temperature)
@@ -260,22 +261,24 @@ class JointStep:
             with torch.no_grad(), self.as_it_was() as former:
                 _, states = former(part.sequences, visuals, features)
                 before = answer_log_probs(former, states, *tokens)
-        ending = self.ending(part)
-        chosen = part.is_answer & ~ending if part.forced else part.is_answer
+        form = self.form_tokens(part)
+        chosen = part.is_answer & ~form if part.forced else part.is_answer
         loss, kl, clipped = grpo_loss(
             new, part.log_probs, before, chosen, part.advantages, self.stage.grpo
         )
         terms = {"policy": loss, "kl": kl, "clipped": clipped}
-        return {**terms, "form": -new[ending]} if part.forced else terms
+        return {**terms, "form": -new[form]} if part.forced else terms
 
-    def ending(self, part: Answers) -> Bool[Tensor, "B L"]:
-        """The tokens that close each answer: what is forced with the form."""
-        behind = part.is_answer.flip(1).cumsum(1).flip(1)
-        return part.is_answer & (behind <= len(self.policy.prompt.ending))
+    def form_tokens(self, part: Answers) -> Bool[Tensor, "B L"]:
+        """The tokens that open and close each answer: what is forced with the form."""
+        prompt, is_answer = self.policy.prompt, part.is_answer
+        opens = is_answer.cumsum(1) <= len(prompt.open_ids)
+        closes = is_answer.flip(1).cumsum(1).flip(1) <= len(prompt.ending)
+        return is_answer & (opens | closes)
 
     @contextmanager
     def as_it_was(self) -> Iterator[Policy]:
-        """The policy as it was when reinforcement began; with adapters, as it is without them."""
+        """The policy as it was when reinforcement began: a copy, or itself without adapters."""
         if self.reference is not None:
             yield self.reference
             return

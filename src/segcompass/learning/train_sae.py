@@ -36,6 +36,7 @@ from segcompass.learning.checks import training_samples
 from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.distributed import World
 from segcompass.learning.stages import SaeStage
+from segcompass.learning.watching.watch import stage_observers
 from segcompass.reasoning.policy import Policy
 
 REPORT = "sae_report.json"
@@ -55,7 +56,8 @@ def train_sae(
     found = measure(reader, groups, stage.outliers, stage.statistics)
     scale = input_scale(found, stage)
     sae = new_sae(found, stage, config.seed, scale).to(policy.model.device)
-    loop = SaeLoop(folder, sae, stage, config.seed, scale, world)
+    observers = stage_observers(config, folder)
+    loop = SaeLoop(folder, sae, stage, config.seed, scale, world, observers)
     loop.resume()
     was_finished = loop.step >= stage.steps
     stream = open_stream(reader, groups, found, stage, config.seed, world)
@@ -99,7 +101,8 @@ def open_states(policy: Policy, config: RunConfig, stage: SaeStage) -> tuple[Sta
     groups = Groups(counts, stage.documents_share, stage.sequences, stage.held_out)
     cache = None
     if stage.cache is not None:
-        cache = ActivationCache(stage.cache, int(stage.cache_gb * 1e9))
+        budget = int(stage.cache_gb * 1e9)
+        cache = ActivationCache(stage.cache, budget, World.current().size)
     reader = StateReader(
         policy, sources, cache, memory=stage.buffer, mask_control=stage.mask_control
     )

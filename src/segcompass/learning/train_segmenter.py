@@ -24,6 +24,7 @@ from segcompass.learning.corpus import frame_memo, read_pictures, target_grid
 from segcompass.learning.engine.loop import Loop, Losses, batch_indices
 from segcompass.learning.losses import dice_loss, map_bce, soft_iou
 from segcompass.learning.stages import SegmenterStage
+from segcompass.learning.watching.watch import stage_observers
 
 # Which picture each prompt is for, the prompts by kind, and the masks (M, 4h, 4w) they ask for.
 Prompts = tuple[Tensor, dict[str, Tensor], Float[Tensor, "M 4h 4w"]]
@@ -34,7 +35,8 @@ def train_segmenter(sam: SamModel, config: RunConfig, stage: SegmenterStage, fol
     records = read_pictures(config.data)
     encoder, decoder = ImageEncoder(sam).to(sam.device), MaskDecoder(sam)
     frames = frame_memo(encoder.side)
-    loop = Loop(folder, "segmenter", {"sam": sam}, stage, config.seed)
+    observers = stage_observers(config, folder)
+    loop = Loop(folder, "segmenter", {"sam": sam}, stage, config.seed, observers=observers)
     loop.resume()
 
     def losses(step: int) -> Losses:

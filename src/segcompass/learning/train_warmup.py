@@ -25,6 +25,7 @@ from segcompass.learning.corpus import (
     DENSE_TARGETS,
     dense_targets,
     encode_answers,
+    has_thought,
     read_pictures,
     repeated,
     seen_memo,
@@ -33,6 +34,7 @@ from segcompass.learning.corpus import (
 )
 from segcompass.learning.engine.distributed import World
 from segcompass.learning.engine.loop import Loop, Losses, batch_indices, grouped_indices
+from segcompass.learning.grpo import in_chunks
 from segcompass.learning.object_teacher import oracle_conclusion
 from segcompass.learning.stages import LanguageStage, VisionStage
 from segcompass.learning.watching.watch import stage_observers
@@ -106,7 +108,7 @@ def train_vision(policy: Policy, config: RunConfig, stage: VisionStage, folder: 
 def train_language(policy: Policy, config: RunConfig, stage: LanguageStage, folder: Path) -> None:
     """Train the language model on questions and oracle answers."""
     known = training_samples(config.data, policy.prompt, config.run)
-    samples = repeated([s for s in known if s.thought], stage.no_target_repeats)
+    samples = repeated(filter(has_thought, known), stage.no_target_repeats)
     visuals, features = _pictures(policy, samples, stage)
     policy.backbone.vision.requires_grad_(stage.train_vision)
     observers = stage_observers(config, folder)
@@ -147,8 +149,13 @@ def answer_losses(
     """Cross-entropy of each of the answers' n tokens, and whether it was predicted exactly."""
     is_answer = answer_tokens(sequences)
     targets = sequences.ids[:, 1:][is_answer[:, 1:]]
-    logits = policy.language_logits(hidden[:, :-1][is_answer[:, 1:]]).float()
-    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+
+    def some(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        logits = policy.language_logits(states).float()
+        return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
+
+    losses, right = in_chunks(some, hidden[:, :-1][is_answer[:, 1:]], targets)
+    return losses, right
 
 
 def answer_tokens(sequences: Sequences) -> Bool[Tensor, "B L"]:

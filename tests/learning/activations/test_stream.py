@@ -457,6 +457,19 @@ def test_a_full_cache_takes_no_more(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert len(caplog.records) == 1 and "takes no more states" in caplog.text
 
 
+def test_writers_share_what_is_left_of_the_cache(tmp_path: Path) -> None:
+    tokens = Tokens(torch.zeros(64, 64), torch.zeros(64, dtype=torch.uint8))
+    shard = 64 * 64 * 2 + 64 + 512  # with the file's header
+    ActivationCache(tmp_path, shard).write("before", tokens)
+    ranks = [ActivationCache(tmp_path, 5 * shard, writers=2) for _ in range(2)]
+    for number in range(3):
+        for rank, cache in enumerate(ranks):
+            cache.write(f"{rank}-{number}", tokens)
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert names == {"before", "0-0", "0-1", "1-0", "1-1"}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 5 * shard
+
+
 def test_states_beyond_half_precision_survive(tmp_path: Path) -> None:
     cache = ActivationCache(tmp_path, 1 << 20)
     cache.write("a", Tokens(torch.full((1, 2), 3e5), torch.zeros(1, dtype=torch.uint8)))

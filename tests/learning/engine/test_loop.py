@@ -62,7 +62,7 @@ def straight(folder: Path) -> dict[str, torch.Tensor]:
     """What an uninterrupted run ends with."""
     model, loop = make(folder)
     loop.run(losses_of(model))
-    return loop.weights.tensors()
+    return loop.weights.state()
 
 
 def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -134,7 +134,7 @@ def test_a_run_that_fails_anywhere_and_resumes_equals_one_that_did_not(
     assert loop.resume() == (fails_at >= save_every)
     assert loop.step == fails_at - fails_at % save_every
     loop.run(losses_of(model))
-    assert_equal(loop.weights.tensors(), straight(folder / "straight"))
+    assert_equal(loop.weights.state(), straight(folder / "straight"))
     told = [[r["step"], r["loss"], r["twice"]] for r in rows(folder / "broken")]
     assert told == [[r["step"], r["loss"], r["twice"]] for r in rows(folder / "straight")]
     assert [step for step, *_ in told] == list(range(1, STEPS + 1))
@@ -150,7 +150,7 @@ def test_signals_finish_the_step_and_save(number: signal.Signals, tmp_path: Path
     model, loop = make(tmp_path / "stopped")
     assert loop.resume() and loop.step == 6
     loop.run(losses_of(model))
-    assert_equal(loop.weights.tensors(), straight(tmp_path / "straight"))
+    assert_equal(loop.weights.state(), straight(tmp_path / "straight"))
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_killed_process_resumes(tmp_path: Path) -> None:
     model, loop = make(folder)
     assert loop.resume() and loop.step == 4
     loop.run(losses_of(model))
-    assert_equal(loop.weights.tensors(), straight(tmp_path / "straight"))
+    assert_equal(loop.weights.state(), straight(tmp_path / "straight"))
     assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
 
 
@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path: Path) -> 
     model, loop = make(tmp_path)
     assert loop.resume() and loop.step == 4
     loop.run(losses_of(model))
-    assert_equal(loop.weights.tensors(), straight(tmp_path / "straight"))
+    assert_equal(loop.weights.state(), straight(tmp_path / "straight"))
 
 
 def in_micro_batches(model: nn.Module, hook: Hook = lambda _: None) -> Step:
@@ -265,10 +265,10 @@ def test_a_run_that_fails_between_micro_batches_resumes_to_the_bit(tmp_path: Pat
     model, loop = make(tmp_path / "cut")
     assert loop.resume() and loop.step == 4
     loop.run(in_micro_batches(model))
-    found = loop.weights.tensors()
+    found = loop.weights.state()
     model, loop = make(tmp_path / "straight")
     loop.run(in_micro_batches(model))
-    assert_equal(found, loop.weights.tensors())
+    assert_equal(found, loop.weights.state())
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_an_observer_sees_what_is_logged_and_may_stop_the_run(tmp_path: Path) ->
     model, loop = make(tmp_path / "stopped")
     assert loop.resume() and loop.step == 6
     loop.run(losses_of(model))
-    assert_equal(loop.weights.tensors(), straight(tmp_path / "straight"))
+    assert_equal(loop.weights.state(), straight(tmp_path / "straight"))
 
 
 def test_a_full_disk_keeps_the_last_good_state(
@@ -347,7 +347,7 @@ def test_a_full_disk_keeps_the_last_good_state(
     model, loop = make(tmp_path / "full")
     assert loop.resume() and loop.step == 4
     loop.run(losses_of(model))
-    assert_equal(loop.weights.tensors(), straight(tmp_path / "straight"))
+    assert_equal(loop.weights.state(), straight(tmp_path / "straight"))
 
 
 def test_a_number_without_a_value_is_null_in_the_log(tmp_path: Path) -> None:

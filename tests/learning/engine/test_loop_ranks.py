@@ -68,7 +68,7 @@ def small_losses(model: nn.Module, world: World, hook: Hook = nothing) -> Callab
         batch = torch.randn(BATCH, 4, generator=torch.Generator().manual_seed(step))
         x = batch[world.slice(range(BATCH))]
         y = model[2](model[1](model[0](x.bfloat16()).float()))
-        loss = world.mean((y - x.sum(1, keepdim=True)).square())
+        loss = world.means({"loss": (y - x.sum(1, keepdim=True)).square()})["loss"]
         extra = {"mine": torch.tensor(1.0)} if world.is_main else {}
         return {
             "loss": loss,
@@ -105,7 +105,7 @@ def events(folder: Path) -> dict[str, Any]:
             loop, model = small(folder / event, world, **options)
             hook = hook if world.rank == rank else nothing
             told[event] = outcome(loop, small_losses(model, world, hook))
-            told[f"{event} weights"] = {k: t.numpy() for k, t in loop.weights.tensors().items()}
+            told[f"{event} weights"] = {k: t.numpy() for k, t in loop.weights.state().items()}
             return model
 
         train("straight", 0, nothing)
@@ -129,28 +129,29 @@ def events(folder: Path) -> dict[str, Any]:
     return {**told, "seen": seen}
 
 
-_SAVE, _MEAN = states.save_file, World.mean
+_SAVE, _MEANS = states.save_file, World.means
 
 
 def mend() -> None:
-    states.save_file, World.mean = _SAVE, _MEAN  # type: ignore[method-assign]
+    states.save_file, World.means = _SAVE, _MEANS  # type: ignore[method-assign]
 
 
 def spoil_the_loss() -> None:
-    def broken(self: World, values: Tensor) -> Tensor:
-        return _MEAN(self, values) * math.nan
+    def broken(self: World, values: Losses) -> Losses:
+        return {name: mean * math.nan for name, mean in _MEANS(self, values).items()}
 
-    World.mean = broken  # type: ignore[method-assign]
+    World.means = broken  # type: ignore[method-assign]
 
 
 def spoil_the_gradient() -> None:
-    def broken(self: World, values: Tensor) -> Tensor:
+    def broken(self: World, values: Losses) -> Losses:
         mend()
-        mean = _MEAN(self, values)
-        mean.register_hook(lambda slope: slope * math.inf)
-        return mean
+        means = _MEANS(self, values)
+        for mean in means.values():
+            mean.register_hook(lambda slope: slope * math.inf)
+        return means
 
-    World.mean = broken  # type: ignore[method-assign]
+    World.means = broken  # type: ignore[method-assign]
 
 
 def fill_the_disk_of(path: Path) -> None:
@@ -198,7 +199,7 @@ def test_two_ranks_take_the_steps_of_one(
     loop.run(small_losses(model, ALONE))
     assert both(happened, "straight") == "done"
     for of_rank in told:
-        for key, tensor in loop.weights.tensors().items():
+        for key, tensor in loop.weights.state().items():
             np.testing.assert_allclose(of_rank["straight weights"][key], tensor.numpy(), rtol=2e-2)
     for ours, right in zip(rows_of(folder / "straight"), rows_of(tmp_path), strict=True):
         assert ours["loss"] == pytest.approx(right["loss"], rel=1e-2)  # bf16 in the middle
@@ -284,14 +285,14 @@ def train(policies: Path, folder: Path, world: World, hook: Hook = nothing) -> d
         is_answer = sequences.kinds >= TokenKind.THOUGHT
         logits = policy.language_logits(hidden[:, :-1][is_answer[:, 1:]])
         targets = sequences.ids[:, 1:][is_answer[:, 1:]]
-        language = world.mean(F.cross_entropy(logits, targets, reduction="none"))
+        language = F.cross_entropy(logits, targets, reduction="none")
         slots: Tensor = parts["head"](states.concentration_states).square()
-        loss = language + world.mean(slots)
+        means = world.means({"language": language, "slots": slots})
         hook(step)
-        return {"loss": loss, "language": language}
+        return {"loss": means["language"] + means["slots"], "language": means["language"]}
 
     loop.run(losses)
-    return {key: tensor.numpy() for key, tensor in loop.weights.tensors().items()}
+    return {key: tensor.numpy() for key, tensor in loop.weights.state().items()}
 
 
 def train_ranks(policies: Path, folders: list[Path], dies_at: int | None) -> list[dict[str, Any]]:

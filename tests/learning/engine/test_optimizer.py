@@ -122,11 +122,11 @@ def test_the_norm_is_of_all_parts_before_clipping() -> None:
 def test_a_gradient_without_a_norm_changes_nothing(bad: float) -> None:
     layer = nn.Linear(3, 2).to(torch.bfloat16)
     weights = MasterWeights({"layer": layer}, config())
-    before = weights.tensors()
+    before = {key: value.clone() for key, value in weights.state().items()}
     with_gradient(layer.weight, bad)
     with_gradient(layer.bias, 1.0)
     assert not math.isfinite(weights.step(0))
-    after = weights.tensors()
+    after = weights.state()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -151,7 +151,7 @@ def test_state_survives_the_way_through_a_dictionary() -> None:
     move(straight, weights, range(30))
     halted, weights = fresh()
     move(halted, weights, range(13))
-    kept = weights.tensors()
+    kept = {key: value.contiguous() for key, value in weights.state().items()}  # as from a file
     resumed, weights = fresh()
     weights.restore(kept)
     for parameter in resumed:  # mixed layouts are slow, and may round differently
@@ -172,7 +172,7 @@ def test_state_survives_the_way_through_a_dictionary() -> None:
 def test_a_foreign_state_is_refused(other: nn.Module, odd: str) -> None:
     layer = nn.Linear(3, 2)
     weights = MasterWeights({"part": layer}, config())
-    foreign = MasterWeights({"part": other}, config()).tensors()
+    foreign = MasterWeights({"part": other}, config()).state()
     shapes = {key: tuple(tensor.shape) for key, tensor in foreign.items()}
     with pytest.raises(CheckpointError, match=rf"run/state .*another run.*{odd}.*delete it"):
         weights.check(shapes, Path("run/state"))
@@ -231,7 +231,7 @@ def test_muon_resumes_to_the_bit() -> None:
             first.gradients(step)
             weights["b"].step(step)
     resumed = MasterWeights({"w": second}, plan)
-    resumed.restore(weights["b"].tensors())
+    resumed.restore(weights["b"].state())
     for step in range(3, 6):
         second.gradients(step)
         resumed.step(step)

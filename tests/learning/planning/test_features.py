@@ -361,3 +361,22 @@ def test_the_command_leaves_out_what_the_config_leaves_out(
     run_features(config, [*settings, "data.on_error=skip"], device="cpu")
     policy = load_policy(tmp_path / "llava", policy_config("llava"))
     open_features(tmp_path / "store", policy.backbone, ImageEncoder(tiny_sam()), good)
+
+
+def test_the_command_takes_no_other_limits_on_pictures_than_training(
+    scenes_root: Path, tmp_path: Path
+) -> None:
+    """The warm policy's own: features at others would never be found."""
+    config = write_llava_config(tmp_path, scenes_root)
+    tiny_sam().save_pretrained(tmp_path / "run/segmenter")
+    folder = write_policy(tmp_path / "run/policy", "qwen2_5_vl")
+    content = yaml.safe_load(config.read_text())
+    content["policy"] |= {
+        "source": str(folder),
+        "use": policy_config("qwen2_5_vl").model_dump(),
+    }
+    content["data"] |= {"features": str(tmp_path / "store"), "image_pixels": [1024, 16384]}
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"is \[1024, 16384\], but .* with \[1024, 4096\]"):
+        run_features(config, [], device="cpu")
+    assert not (tmp_path / "store").exists()

@@ -207,6 +207,12 @@ def test_impossible_hardware(gpus: int, memory: float, config: RunConfig) -> Non
         plan(config, gpus, memory)
 
 
+def test_limits_that_training_refuses_are_not_planned_with(config: RunConfig) -> None:
+    data = config.data.model_copy(update={"image_pixels": (1024, 4096)})
+    with pytest.raises(ConfigError, match="scratch sees every picture at 64x64 px"):
+        plan(config.model_copy(update={"data": data}), 1, 80.0)
+
+
 def test_folders_are_planned_from_their_configs(tmp_path: Path) -> None:
     """LLaVA: a picture is 16 tokens, whatever its size; weights are not opened."""
     path = write_llava_config(tmp_path, tmp_path / "no-data")

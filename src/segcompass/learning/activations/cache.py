@@ -51,12 +51,15 @@ class ActivationCache:
     Args:
         folder: Made if missing.
         budget: Bytes that all shards together may take; beyond them nothing more is written.
+        writers: Processes that fill the folder at the same time. Each may write an equal part of
+            what is left: none of them sees what the others write.
     """
 
-    def __init__(self, folder: Path, budget: int) -> None:
+    def __init__(self, folder: Path, budget: int, writers: int = 1) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.room = budget - sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        self.room = (budget - there) // writers
 
     def read(self, key: str, width: int) -> Tokens | None:
         """The tokens of a shard; None where there is none, or it is damaged."""

@@ -6,6 +6,7 @@ the step's number before the state is: whatever a kill leaves behind, the two be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from segcompass.learning.activations.latents import (
 )
 from segcompass.learning.activations.stream import Statistics, TokenStream
 from segcompass.learning.engine.distributed import World
-from segcompass.learning.engine.loop import Loop, Losses
+from segcompass.learning.engine.loop import Loop, Losses, Observer
 from segcompass.learning.engine.optimizer import learning_rate
 from segcompass.learning.engine.states import StateError
 from segcompass.learning.stages import SaeStage
@@ -80,6 +81,7 @@ class SaeLoop(Loop):
         seed: Of everything random.
         scale: Of the inputs.
         world: The ranks whose tokens make up a batch.
+        observers: As of the loop.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class SaeLoop(Loop):
         seed: int,
         scale: float,
         world: World,
+        observers: Sequence[Observer] = (),
     ) -> None:
-        super().__init__(folder, "sae", {"sae": sae}, stage, seed, world=world)
+        parts = {"sae": sae}
+        super().__init__(folder, "sae", parts, stage, seed, world=world, observers=observers)
         self.sae, self.stage, self.scale = sae, stage, scale
         self.clock = LatentClock(stage.latents, sae.b_dec.device)
 

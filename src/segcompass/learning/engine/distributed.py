@@ -1,7 +1,7 @@
 """One process or many: the same code, data-parallel over the processes that torchrun starts.
 
 The policy is sharded with FSDP2, everything else is replicated. Every rank computes the losses of
-its slice of the batch as ``local sum / global count * number of ranks`` (:meth:`World.mean`), so
+its slice of the batch as ``local sum / global count * number of ranks`` (:meth:`World.means`), so
 that the mean of all ranks' gradients, which both FSDP2 and :func:`average_gradients` take, is the
 gradient of one process over the whole batch.
 """
@@ -66,23 +66,6 @@ class World:
             dist.all_reduce(result)
         return result
 
-    def gather(self, value: Tensor) -> Tensor:
-        """All ranks' rows below one another, in rank order; without gradient.
-
-        Args:
-            value: (n, …) with an n of each rank's own; the other sizes are equal everywhere.
-        """
-        if self.size == 1:
-            return value.detach()
-        counts = self.gather_objects(len(value))
-        plain = value.detach().to(torch.uint8) if value.dtype == torch.bool else value.detach()
-        padded = plain.new_zeros(max(counts), *plain.shape[1:])
-        padded[: len(plain)] = plain
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        rows = [part[:count] for part, count in zip(parts, counts, strict=True)]
-        return torch.cat(rows).to(value.dtype)
-
     def gather_objects(self, value: T) -> list[T]:
         """One small Python object of each rank, in rank order."""
         if self.size == 1:
@@ -95,17 +78,12 @@ class World:
         """This rank's part of a global batch: contiguous, of equal size up to one."""
         return split(items, self.size)[self.rank]
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over all ranks' values, as this rank's share of a loss; keeps the gradient.
-
-        ``size`` times this rank's part of the global mean: averaged over ranks it is that mean.
-        """
-        return self.means({"value": values})["value"]
-
     def means(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """:meth:`mean` of every name; a rank may lack names or values that others have.
+        """The means over all ranks' values, as this rank's shares of a loss; keep the gradient.
 
-        A name that has values nowhere is left out; one that lacks them here is 0 here.
+        A share is ``size`` times this rank's part of the global mean: averaged over ranks it is
+        that mean. A rank may lack names or values that others have: a name that has values nowhere
+        is left out, and one that lacks them here is 0 here.
         """
         if self.size == 1:
             return {name: value.mean() for name, value in values.items() if value.numel()}

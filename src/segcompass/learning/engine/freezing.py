@@ -24,7 +24,8 @@ def freeze(
     """Freeze what this stage leaves alone; returns the trained parts by name.
 
     With ``stage.lora`` the policy's part is adapters, which are put in here. The concentration
-    tokens' rows train with the policy, as a part of their own.
+    tokens' rows train with the policy, as a part of their own; those of the embedding with the
+    lower layers only, which read them.
     """
     policy.requires_grad_(False)
     encoder.requires_grad_(False)
@@ -41,11 +42,11 @@ def freeze(
         trained = nn.ModuleList([layers, policy.backbone.final_norm])
         parts["policy"] = trained.requires_grad_(True)
     if "policy" in parts and policy.slots:
-        parts["tokens"] = TokenRows(policy)
+        parts["tokens"] = TokenRows(policy, embedded=stage.train_lower_layers)
     return parts
 
 
 def frozen_copy(policy: Policy) -> Policy:
-    """The policy as it is now, for good; what is frozen anyway is shared, not copied."""
+    """The policy as it is now, for good, without dropout; what is frozen anyway is shared."""
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
-    return copy.deepcopy(policy, shared).requires_grad_(False)
+    return copy.deepcopy(policy, shared).requires_grad_(False).eval()

@@ -194,12 +194,8 @@ class MasterWeights:
             if target.data_ptr() != self.master[name].data_ptr():
                 target.copy_(self.master[name])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """A copy of everything a resumed run needs; of what is sharded, this rank's shards."""
-        return {key: value.contiguous().clone() for key, value in self.state().items()}
-
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`tensors` copies."""
+        """Everything a resumed run needs, not copied; of what is sharded, this rank's shards."""
         state = {f"master/{name}": tensor.detach() for name, tensor in self.master.items()}
         for name, tensor in self.master.items():
             for key, value in self._moments(tensor).items():

@@ -1,9 +1,13 @@
-"""The concentration tokens' own rows of the embedding and of the language head, which train.
+"""The concentration tokens' own rows of the language head, which train.
 
 The tables stay frozen: training them whole would cost gigabytes and move every word. But a new
 token's row starts as a mean of other words' rows, and a mean of logits is never the largest of
 them, so a policy that cannot move these rows would never learn to write its tokens. They live
 beside the tables, in fp32 and whole on every rank, and stand in for the tables' rows by hooks.
+
+The embedding's rows train only if the lower layers do. Elsewhere they are held: prompts may name
+the tokens, so the SAE reads what they say, and their gradient would run through every frozen layer.
+Tables that were tied part for that, for good: one row cannot both train and be held.
 """
 
 from __future__ import annotations
@@ -25,31 +29,37 @@ class TokenRows(nn.Module):
     Args:
         policy: Whole, not sharded yet. Its hooks are set here; it holds this module afterwards, as
             ``policy.token_rows``.
+        embedded: Whether the embedding's rows train as well. If not, tied tables are parted.
     """
 
     ids: Tensor
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, embedded: bool) -> None:
         super().__init__()
+        if not embedded:
+            _part_tables(policy)
         read, write = policy.model.get_input_embeddings(), policy.model.get_output_embeddings()
         device = read.weight.device
         ids = torch.tensor(policy.prompt.slot_ids, device=device)
         self.register_buffer("ids", ids, persistent=False)
-        self.embed = nn.Parameter(read.weight.detach()[ids].float())
         tied = write.weight is read.weight
+        self.embed = nn.Parameter(read.weight.detach()[ids].float()) if embedded else None
         self.lm_head = None if tied else nn.Parameter(write.weight.detach()[ids].float())
         self.on = True
-        read.register_forward_hook(self._reads)
+        if embedded:
+            read.register_forward_hook(self._reads)
         write.register_forward_hook(self._writes)
         policy.token_rows = self
 
     @property
     def written(self) -> nn.Parameter:
         """The rows that logits are made with; tied tables have one set for both."""
-        return self.embed if self.lm_head is None else self.lm_head
+        rows = self.embed if self.lm_head is None else self.lm_head
+        assert rows is not None
+        return rows
 
     def _reads(self, _module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not self.on:
+        if not self.on or self.embed is None:
             return None
         at = inputs[0][..., None] == self.ids
         rows = at.to(self.embed.dtype) @ self.embed
@@ -76,12 +86,23 @@ class TokenRows(nn.Module):
         return whole.detach().index_copy(0, self.ids.to(whole.device), rows.to(whole))
 
     def tables(self, policy: Policy) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        """The policy's tables: name, weight, the rows that belong in it. Tied ones are one."""
-        read, write = policy.model.get_input_embeddings(), policy.model.get_output_embeddings()
-        rows = {id(read.weight): self.embed, id(write.weight): self.written}
+        """The tables whose rows train: name, weight, the rows for it. Tied ones are one."""
+        rows = {id(policy.model.get_output_embeddings().weight): self.written}
+        if self.embed is not None:
+            rows[id(policy.model.get_input_embeddings().weight)] = self.embed
         for name, weight in policy.model.named_parameters():
             if id(weight) in rows:
                 yield name, weight, rows[id(weight)]
+
+
+def _part_tables(policy: Policy) -> None:
+    """Give the language head a table of its own, also in what is saved."""
+    read, write = policy.model.get_input_embeddings(), policy.model.get_output_embeddings()
+    if write.weight is not read.weight:
+        return
+    write.weight = nn.Parameter(read.weight.detach().clone(), requires_grad=False)
+    for config in (policy.model.config, policy.model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def with_token_rows(policy: Policy, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,6 @@ from segcompass.learning.planning.features import (
     feature_fingerprint,
     is_whole,
     key_fingerprint,
-    limit_pixels,
     name_of,
     picture_bytes,
     raw_bytes,
@@ -83,9 +82,7 @@ def _encoders(config: RunConfig) -> tuple[Policy, SamModel]:
     folder = config.run / "segmenter"
     if not folder.is_dir():
         raise ConfigError(f"{folder} is missing; run `segcompass train segmenter` first")
-    policy = warm_policy(config)
-    limit_pixels(policy.backbone, config.data.image_pixels)
-    return policy, as_sam(load_segmenter(folder), folder)
+    return warm_policy(config), as_sam(load_segmenter(folder), folder)
 
 
 @torch.no_grad()

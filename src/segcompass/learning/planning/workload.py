@@ -20,7 +20,7 @@ from segcompass.io.errors import CheckpointError, ConfigError
 from segcompass.io.files import read_object
 from segcompass.learning.config import RunConfig
 from segcompass.learning.engine.lora import LoraSettings
-from segcompass.learning.fit import picture_limits, start_config
+from segcompass.learning.fit import check_pixels, picture_limits, start_config
 from segcompass.learning.planning import costs
 from segcompass.learning.planning.costs import PolicyShape, size
 from segcompass.model_folder import find_model
@@ -126,6 +126,8 @@ def workload_of(config: RunConfig, gpus: int, memory_gb: float) -> Workload:
     if gpus < 1 or not memory_gb > 0:
         raise ConfigError(f"plan for 1 GPU or more of some memory, got {gpus} of {memory_gb:g} GB")
     stage, model = config.train_joint, model_of(config)
+    if stage.start is None:
+        check_pixels(config)
     use, parts = model.use, _assembled(model)
     # With all layers trained there is none that passes come through without gradients.
     shape = costs.shape_of(parts.backbone, -1 if stage.train_lower_layers else use.sae_layer)
