@@ -87,7 +87,7 @@ def sample_answers(
         instructions: One per row.
         config: Temperature and limit.
         features: Precomputed image features, if at hand.
-        force_form: Close every thought in time and write the K tokens after it.
+        force_form: Open every thought, close it in time and write the K tokens after it.
     """
     with evaluating(policy), gathered(policy):
         written = policy.generate(
