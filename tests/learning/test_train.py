@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -178,7 +179,8 @@ def test_the_vision_stage_refuses_a_policy_with_another_map(
 
 def test_a_llava_goes_the_same_way(scenes_root: Path, tmp_path: Path) -> None:
     """One joint step moves what comes after the SAE layer, and nothing before it."""
-    path = write_llava_config(tmp_path, scenes_root)
+    joint = stage(1, oracle_steps=1, language_weight=0.5)
+    path = write_llava_config(tmp_path, scenes_root, train_joint=joint)
     train.run("all", path, [], resume=False)
     run = tmp_path / "run"
     after = weights(run / "model")
@@ -191,7 +193,7 @@ def test_a_llava_goes_the_same_way(scenes_root: Path, tmp_path: Path) -> None:
     }
     assert before["policy/model.safetensors"].keys() == after["policy/model.safetensors"].keys()
     trained = ("model.layers.2.", "model.norm.", "prompt_encoder.mask_embed.")
-    tables = {n for n in moved if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    tables = {n for n in moved if n.endswith("lm_head.weight")}
     assert {n for n in moved - tables if not n.startswith("mask_decoder.")} == {
         name for part in before for name in before[part] if any(t in name for t in trained)
     }
@@ -294,4 +296,7 @@ def test_two_processes_take_the_steps_of_one(way: str, finished: Path, tmp_path:
     one, two = (weights(tmp_path / ranks / "model") for ranks in "12")
     for part in MODEL_PARTS:
         for name, tensor in one[part].items():
-            torch.testing.assert_close(two[part][name], tensor, rtol=1e-3, atol=1e-4)
+            # A key's bias adds the same to all logits of a query: softmax does not see it, its
+            # gradient is rounding alone, and Adam makes whole steps of that.
+            if not re.fullmatch(r"mask_decoder\..*\.k_proj\.bias", name):
+                torch.testing.assert_close(two[part][name], tensor, rtol=1e-3, atol=1e-4)

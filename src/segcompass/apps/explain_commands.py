@@ -83,10 +83,10 @@ def analyze(
     samples = read_dataset(data, split, layout=layout and layout.value, limit=limit)
     if not samples:
         raise DataError(f"{data}: the split {split!r} holds no samples; choose another")
-    make_folder(out)
     loaded = load(model, device, dtype, revision)
     if cards or faithfulness:
         with_concepts(loaded.interface)  # refused before anything is answered
+    make_folder(out)
     counts = _concept_counts(loaded, data, split, samples) if cards else None
     analysis = Analysis(panel_ids(samples), counts)
     with progress("analyze") as moved:
